@@ -1,0 +1,58 @@
+"""Which implementation of each op a model runs on: the Triton kernels, or plain torch.
+
+`Ops` names every op that model, loss and optimizer use; `select` fills it for a device. The
+signatures are those of `kernels/reference.py`, the specification.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pythia_fast.errors import InputError
+from pythia_fast.kernels import reference
+
+
+@dataclass(frozen=True)
+class Ops:
+    name: str
+    attention: Callable[..., Tensor]
+    layer_norm: Callable[..., Tensor]
+    dual_layer_norm: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    parallel_residual: Callable[..., Tensor]
+    gelu: Callable[..., Tensor]
+    cross_entropy: Callable[..., Tensor]
+    grad_norm: Callable[[Tensor], Tensor]
+    adamw_: Callable[..., None]
+
+
+REFERENCE = Ops(
+    name="reference",
+    attention=reference.attention,
+    layer_norm=reference.layer_norm,
+    dual_layer_norm=reference.dual_layer_norm,
+    parallel_residual=reference.parallel_residual,
+    gelu=reference.gelu,
+    cross_entropy=reference.cross_entropy,
+    grad_norm=reference.grad_norm,
+    adamw_=reference.adamw_,
+)
+
+
+def select(backend: str, device: torch.device) -> Ops:
+    """backend: "auto" (triton on a GPU, reference elsewhere), "triton" or "reference"."""
+    if backend == "reference" or (backend == "auto" and device.type != "cuda"):
+        return REFERENCE
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError(
+            "kernels.backend = 'triton' needs a GPU (or TRITON_INTERPRET=1, slow, for tests)"
+        )
+    return _triton()
+
+
+def _triton() -> Ops:
+    raise InputError("kernels.backend = 'triton': the kernels are not there yet")
