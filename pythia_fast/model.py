@@ -3,7 +3,7 @@
 Parameter names are Hugging Face's, so export is a plain mapping. The model says nothing of
 devices, precision, optimizers or parallelism; the ops it runs on are handed in.
 
-Shape letters: B rows, T positions, H heads, D head dim, R rotary dims, h = H·D hidden, V vocabulary.
+Shapes: B rows, T positions, H heads, D head dim, R rotary dims, h = H·D hidden, V vocabulary.
 """
 
 from __future__ import annotations
