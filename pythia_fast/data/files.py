@@ -1,0 +1,101 @@
+"""Files that are whole or absent, one builder at a time, ordered work ahead, progress on stderr."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under `path`, synced and complete, or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the advisory lock file `path`; it falls with its process, so it is never stale."""
+    with path.open("ab") as file:
+        # Some network file systems have no locks. What is built under one is deterministic and
+        # published atomically, so that two builders then waste work but not data.
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read once and not mapped."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def ahead(
+    pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
+) -> Iterator[Result]:
+    """function(item) of each item, in order, at most `depth` of them computed ahead in `pool`."""
+    rest = iter(items)
+    pending: deque[Future[Result]] = deque()
+    try:
+        pending.extend(pool.submit(function, item) for item in islice(rest, depth))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(function, item) for item in islice(rest, 1))
+            yield result
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+@contextmanager
+def progress(label: str, total: float, unit: str = "") -> Iterator[Callable[[float, str], None]]:
+    """A bar on stderr; yields advance(amount, new label or "")."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}% of {task.total:,.0f} " + unit),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+
+        def advance(amount: float, relabel: str = "") -> None:
+            bar.update(task, advance=amount, description=relabel or None)
+            if relabel:
+                bar.refresh()
+
+        yield advance
