@@ -1,0 +1,27 @@
+"""One kernel in one configuration that a Pythia size uses, as `aot.py` compiles it.
+
+Every kernel file ends with `aot_cases() -> list[AotCase]`. Names read "size, what, dtype", for
+example "6.9b dual forward bf16": they are the rows of the resource report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """What triton.compile needs to know about one launch, and what the result must satisfy."""
+
+    name: str
+    kernel: Any  # triton.runtime.jit.JITFunction
+    # every argument in order: "*bf16" | "*fp16" | "*fp32" | "*i64" | "i32" | "fp32" | "constexpr"
+    signature: dict[str, str]
+    constexprs: dict[str, object]  # a value for each "constexpr" of the signature
+    num_warps: int
+    num_stages: int
+    wide: tuple[str, ...] = ()  # pointers whose global accesses must all be 128 bits a thread
+    not_aligned: tuple[str, ...] = ()  # pointers and integers that are not multiples of 16
+    matrix: bool = False  # a matrix instruction must appear
+    spill_budget: int = 0  # bytes a thread
