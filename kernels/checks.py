@@ -60,7 +60,7 @@ def check_rows(
     dtypes: Sequence[torch.dtype] = FLOATING,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The view (M, columns) of a (..., columns) tensor whose rows lie at one stride, unit inside."""
+    """The view (M, columns) of a (..., columns) tensor with rows at one stride, unit stride inside."""
     check(tensor, name, dtypes=dtypes, device=device)
     if tensor.dim() == 0 or tensor.shape[-1] != columns:
         raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected (..., {columns})")
@@ -73,11 +73,20 @@ def check_rows(
         ) from None
 
 
-def grad_rows(grad: Tensor, columns: int) -> Tensor:
-    """A gradient as (M, columns) with unit inner stride; copied where autograd's strides differ."""
-    if columns > 1 and grad.stride(-1) != 1:
+def check_vector(vector: Tensor, name: str, like: Tensor) -> None:
+    """`vector` is a weight or bias (h,) of any floating dtype for `like` (..., h)."""
+    check(vector, name, shape=like.shape[-1:], device=like.device)
+
+
+def grad_rows(grad: Tensor, name: str, like: Tensor) -> Tensor:
+    """The gradient of a tensor shaped `like` (..., h) as (M, h) with unit inner stride.
+
+    Copied where autograd hands over other strides (an expanded scalar, a transpose).
+    """
+    check(grad, name, shape=like.shape, last_stride=None, device=like.device)
+    if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    return grad.reshape(-1, columns)
+    return grad.reshape(-1, like.shape[-1])
 
 
 def _matches(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:

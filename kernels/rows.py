@@ -1,0 +1,187 @@
+"""Whole rows as tiles: the device functions and the reduction that the row-wise kernels share.
+
+A row of H columns is cut into blocks whose widths are powers of two (2560 = 2048 + 512) and lives
+in registers as a tuple of fp32 tiles (ROWS, width): no lane idles where H is no power of two, and
+each element is loaded once. Only a last block that reaches past H is masked (96 = 64 + 32, but
+1000 < 1024).
+
+Sums over rows (weight and bias gradients) are deterministic: each of P programs walks its rows in
+order and writes one fp32 partial (K, H); `sum_partials` adds the P partials in a fixed order.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def column_blocks(columns: int) -> tuple[int, ...]:
+    """Widths of the blocks of one row: the largest power of two, then the rest rounded up."""
+    main = 1 << (columns.bit_length() - 1)
+    if columns == main:
+        return (main,)
+    tail = triton.next_power_of_2(columns - main)
+    return (main, tail) if tail < main else (2 * main,)
+
+
+@lru_cache
+def programs(device: torch.device, per_sm: int) -> int:
+    """How many programs fill the device (three under the interpreter: enough to test strides)."""
+    if device.type != "cuda":
+        return 3
+    return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.constexpr_function
+def width(i, WIDTHS):
+    """Width of block i."""
+    return int(WIDTHS[i])
+
+
+@triton.constexpr_function
+def start(i, WIDTHS):
+    """First column of block i."""
+    return sum(int(w) for w in WIDTHS[:i])
+
+
+@triton.constexpr_function
+def padded(i, H, WIDTHS):
+    """Block i reaches past the row's end."""
+    return sum(int(w) for w in WIDTHS[: i + 1]) > H
+
+
+@triton.jit
+def columns(i: tl.constexpr, WIDTHS: tl.constexpr):
+    """Column offsets of block i, (width,)."""
+    return start(i, WIDTHS) + tl.arange(0, width(i, WIDTHS))
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
+    b = ()
+    for i in tl.static_range(len(WIDTHS)):
+        b += (tl.zeros((ROWS, width(i, WIDTHS)), tl.float32),)
+    return b
+
+
+@triton.jit
+def load_rows(p_rows, m_row, H: tl.constexpr, WIDTHS: tl.constexpr):
+    """Rows at p_rows (ROWS,) as fp32 blocks; 0 in rows outside m_row (ROWS,) and columns past H."""
+    b = ()
+    for i in tl.static_range(len(WIDTHS)):
+        o_column = columns(i, WIDTHS)
+        m = m_row[:, None]
+        if padded(i, H, WIDTHS):
+            m = m & (o_column < H)[None, :]
+        p = p_rows[:, None] + o_column[None, :]
+        b += (tl.load(p, mask=m, other=0.0).to(tl.float32),)
+    return b
+
+
+@triton.jit
+def store_rows(p_rows, b, m_row, H: tl.constexpr, WIDTHS: tl.constexpr):
+    """Writes blocks to the rows at p_rows, rounded to their dtype."""
+    for i in tl.static_range(len(WIDTHS)):
+        o_column = columns(i, WIDTHS)
+        m = m_row[:, None]
+        if padded(i, H, WIDTHS):
+            m = m & (o_column < H)[None, :]
+        p = p_rows[:, None] + o_column[None, :]
+        tl.store(p, b[i].to(p_rows.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def load_vector(p_vector, H: tl.constexpr, WIDTHS: tl.constexpr):
+    """A vector (H,) as fp32 blocks (1, width)."""
+    b = ()
+    for i in tl.static_range(len(WIDTHS)):
+        o_column = columns(i, WIDTHS)
+        if padded(i, H, WIDTHS):
+            b_i = tl.load(p_vector + o_column, mask=o_column < H, other=0.0)
+        else:
+            b_i = tl.load(p_vector + o_column)
+        b += (b_i.to(tl.float32)[None, :],)
+    return b
+
+
+@triton.jit
+def store_column_sums(p_vector, b, H: tl.constexpr, WIDTHS: tl.constexpr):
+    """Writes the column sums of blocks (ROWS, width) to p_vector (H,) fp32."""
+    for i in tl.static_range(len(WIDTHS)):
+        o_column = columns(i, WIDTHS)
+        tl.store(p_vector + o_column, tl.sum(b[i], axis=0), mask=o_column < H)
+
+
+@triton.jit
+def add_rows(b_a, b_b):
+    """a + b, block by block."""
+    b = ()
+    for i in tl.static_range(len(b_a)):
+        b += (b_a[i] + b_b[i],)
+    return b
+
+
+@triton.jit
+def multiply_add_rows(b_a, b_b, b_c):
+    """a + b·c, block by block."""
+    b = ()
+    for i in tl.static_range(len(b_a)):
+        b += (b_a[i] + b_b[i] * b_c[i],)
+    return b
+
+
+@triton.jit
+def multiply_rows(b_a, b_b):
+    """a·b, block by block."""
+    b = ()
+    for i in tl.static_range(len(b_a)):
+        b += (b_a[i] * b_b[i],)
+    return b
+
+
+@triton.jit
+def sum_rows(b_a):
+    """Sum of each row over all blocks, (ROWS,)."""
+    b_sum = tl.sum(b_a[0], axis=1)
+    for i in tl.static_range(1, len(b_a)):
+        b_sum += tl.sum(b_a[i], axis=1)
+    return b_sum
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partials,  # (P, N) fp32
+    out,  # (N,)
+    P,
+    N,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_p = tl.arange(0, BLOCK_P)
+    b_sum = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for i_p in range(0, P, BLOCK_P):
+        m = (i_p + o_p < P)[:, None] & (o_n < N)[None, :]
+        b_sum += tl.load(partials + (i_p + o_p)[:, None] * N + o_n[None, :], mask=m, other=0.0)
+    tl.store(out + o_n, tl.sum(b_sum, axis=0).to(out.dtype.element_ty), mask=o_n < N)
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """partials (P, K, H) fp32 -> their sum over P, (K, H) in dtype, always in the same order."""
+    count, size = partials.shape[0], partials[0].numel()
+    out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
+    block_n = 32
+    _sum_partials_kernel[(triton.cdiv(size, block_n),)](
+        partials=partials,
+        out=out,
+        P=count,
+        N=size,
+        BLOCK_P=64,
+        BLOCK_N=block_n,
+        num_warps=4,
+    )
+    return out
