@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
@@ -16,6 +17,8 @@ from typing import BinaryIO, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 
 @contextmanager
@@ -72,30 +75,27 @@ def ahead(
 
 
 @contextmanager
-def progress(label: str, total: float, unit: str = "") -> Iterator[Callable[[float, str], None]]:
-    """A bar on stderr; yields advance(amount, new label or "")."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def progress(label: str, total: float, unit: str) -> Iterator[Callable[[float, str], None]]:
+    """A bar on stderr, or a line every ten seconds; yields advance(amount, new label or "")."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}% of {task.total:,.0f} " + unit),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    from pythia_fast.progress import console, say
+
+    share = TextColumn("{task.percentage:3.0f} % of {task.total:,.0f} " + unit)
+    columns = (TextColumn("{task.description}"), BarColumn(), share, TimeRemainingColumn())
+    terminal = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not terminal) as bar:
         task = bar.add_task(label, total=total)
+        said = time.monotonic()
 
         def advance(amount: float, relabel: str = "") -> None:
+            nonlocal said
             bar.update(task, advance=amount, description=relabel or None)
             if relabel:
                 bar.refresh()
+            if not terminal and time.monotonic() - said >= PLAIN_EVERY:
+                said = time.monotonic()
+                state = bar.tasks[task]
+                say(f"{state.description}: {state.percentage:.0f} % of {total:,.0f} {unit}")
 
         yield advance

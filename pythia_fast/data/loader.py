@@ -34,7 +34,10 @@ def running_digest(previous: str, digest: str) -> str:
 
 @dataclass(frozen=True)
 class Batch:
-    """What step `step` trains on: rows [first_row, last_row), tokens [rows, seq_len + 1]."""
+    """What step `step` trains on: rows first_row to last_row, both included.
+
+    tokens [rows, seq_len + 1], ids in the dtype of the file.
+    """
 
     step: int
     tokens: Tokens
@@ -53,7 +56,7 @@ def read_batch(rows: Rows, step: int, batch_size: int, vocab_size: int) -> Batch
             f"step {step}, row {first + row}, position {position}: token id"
             f" {tokens[row, position]} is outside the vocabulary of {vocab_size}"
         )
-    return Batch(step, tokens, first, last, batch_digest(tokens))
+    return Batch(step, tokens, first, last - 1, batch_digest(tokens))
 
 
 class Loader:
