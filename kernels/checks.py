@@ -60,7 +60,7 @@ def check_rows(
     dtypes: Sequence[torch.dtype] = FLOATING,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The view (M, columns) of a (..., columns) tensor with rows at one stride, unit stride inside."""
+    """The view (M, columns) of a (..., columns) tensor whose rows lie one stride apart."""
     check(tensor, name, dtypes=dtypes, device=device)
     if tensor.dim() == 0 or tensor.shape[-1] != columns:
         raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected (..., {columns})")
@@ -73,9 +73,12 @@ def check_rows(
         ) from None
 
 
-def check_vector(vector: Tensor, name: str, like: Tensor) -> None:
-    """`vector` is a weight or bias (h,) of any floating dtype for `like` (..., h)."""
-    check(vector, name, shape=like.shape[-1:], device=like.device)
+def check_vectors(vectors: dict[str, Tensor], like: Tensor) -> None:
+    """Weights and biases (h,) for `like` (..., h), by argument name: all of one floating dtype."""
+    dtypes: Sequence[torch.dtype] = FLOATING
+    for name, vector in vectors.items():
+        check(vector, name, dtypes=dtypes, shape=like.shape[-1:], device=like.device)
+        dtypes = (vector.dtype,)
 
 
 def grad_rows(grad: Tensor, name: str, like: Tensor) -> Tensor:

@@ -22,15 +22,14 @@ forward and 20 backward: both are bound by memory bandwidth, at every h.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pythia_fast.kernels.checks import check, check_rows, check_vector, grad_rows
+from pythia_fast.kernels.checks import check, check_rows, check_vectors, grad_rows
 from pythia_fast.kernels.rows import (
+    Tile,
     add_rows,
     column_blocks,
     columns,
@@ -44,19 +43,9 @@ from pythia_fast.kernels.rows import (
     store_rows,
     sum_partials,
     sum_rows,
+    tile_for,
     zero_rows,
 )
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel walks (M, h): rows a program holds at once, and its warps."""
-
-    rows: int
-    warps: int
-    stages: int = 1  # backward: row tiles in flight (cp.async), 1 = plain loads
-    per_sm: int = 1  # backward: programs per SM
-
 
 # By hidden size; another size takes the next larger entry.
 FORWARD = {
@@ -81,10 +70,6 @@ BACKWARD = {
     4096: Tile(rows=1, warps=8, stages=3, per_sm=1),
     5120: Tile(rows=1, warps=8, stages=3, per_sm=1),
 }
-
-
-def tile_for(table: dict[int, Tile], h: int) -> Tile:
-    return table[min((n for n in table if n >= h), default=max(table))]
 
 
 @triton.jit
@@ -316,11 +301,11 @@ def _check_inputs(x: Tensor, norms: tuple[tuple[Tensor, Tensor], ...]) -> Tensor
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: shape {tuple(x.shape)}, expected (..., h) with h ≥ 1")
     rows = check_rows(x, "x", x.shape[-1])
-    for i, pair in enumerate(norms):
-        suffix = str(i + 1) if len(norms) == 2 else ""
-        for vector, name in zip(pair, ("weight", "bias"), strict=True):
-            check_vector(vector, name + suffix, x)
-            check(vector, name + suffix, dtypes=(norms[0][0].dtype,))
+    names = ("1", "2") if len(norms) == 2 else ("",)
+    vectors = {}
+    for suffix, (weight, bias) in zip(names, norms, strict=True):
+        vectors |= {"weight" + suffix: weight, "bias" + suffix: bias}
+    check_vectors(vectors, x)
     return rows
 
 

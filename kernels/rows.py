@@ -11,12 +11,28 @@ order and writes one fp32 partial (K, H); `sum_partials` adds the P partials in 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel walks (M, h): the rows a program holds at once, and its warps."""
+
+    rows: int
+    warps: int
+    stages: int = 1  # backward: row tiles in flight (cp.async), 1 = plain loads
+    per_sm: int = 1  # backward: programs per SM
+
+
+def tile_for(table: dict[int, Tile], h: int) -> Tile:
+    """The entry of h, or of the next larger size in the table."""
+    return table[min((n for n in table if n >= h), default=max(table))]
 
 
 def column_blocks(columns: int) -> tuple[int, ...]:
