@@ -304,10 +304,10 @@ def prepare_quickstart(directory: Path, vocab_size: int) -> None:
             "files": len(corpus),
             "characters": sum(len(text) for _, text in corpus),
         }
-        made = [tokenizer, *(beside(out, end) for out in outs.values() for end in (".bin", ".idx"))]
-        if page.is_file() and all(path.is_file() for path in made):
-            if made_of.items() <= json.loads(page.read_text()).items():
-                return
+        made = [beside(out, end) for out in outs.values() for end in (".bin", ".idx")]
+        whole = all(path.is_file() for path in (page, tokenizer, *made))
+        if whole and made_of.items() <= json.loads(page.read_text()).items():
+            return
         page.unlink(missing_ok=True)
         parts = {
             "train": [pair for n, pair in enumerate(corpus, start=1) if n % HOLD_OUT],

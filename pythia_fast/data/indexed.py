@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -216,10 +216,8 @@ class IndexedWriter:
     def __init__(self, prefix: str | Path, dtype: Any) -> None:
         self.prefix = split_prefix(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        codes = [code for code, known in DTYPES.items() if known == self.dtype]
-        if not codes:
+        if self.dtype not in DTYPES.values():
             raise InputError(f"{self.prefix}: the format has no dtype {self.dtype}")
-        self._code = codes[0]
         self._sizes: list[NDArray[np.int32]] = []
         self._publication = publish(beside(self.prefix, ".bin"))
 
@@ -258,14 +256,20 @@ class IndexedWriter:
         self._publication.__exit__(kind, error, trace)
         if kind is None:
             with publish(index) as file:
-                write_index(file, self._code, np.concatenate([np.empty(0, "<i4"), *self._sizes]))
+                sizes = np.concatenate([np.empty(0, np.int32), *self._sizes])
+                write_index(file, self.dtype, sizes)
 
 
-def write_index(file: Any, code: int, sizes: NDArray[np.int32]) -> None:
-    """The ``.idx`` of back-to-back documents, one sequence each."""
+def write_index(file: BinaryIO, dtype: np.dtype[Any], sizes: NDArray[np.int32]) -> None:
+    """The ``.idx`` of back-to-back documents of sizes [S] tokens, one sequence each."""
+    code = next(code for code, known in DTYPES.items() if known == dtype)
     count = len(sizes)
     file.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
-    file.write(sizes.astype("<i4").data)
-    ends = np.cumsum(sizes, dtype="<i8") * DTYPES[code].itemsize
-    file.write((ends - sizes.astype("<i8") * DTYPES[code].itemsize).data)
-    file.write(np.arange(count + 1, dtype="<i8").data)
+    file.write(np.ascontiguousarray(sizes, "<i4").data)
+    end = 0
+    for first in range(0, count, CHUNK):
+        ends = np.cumsum(sizes[first : first + CHUNK], dtype="<i8") * dtype.itemsize + end
+        file.write(np.concatenate(([end], ends[:-1])).astype("<i8").data)
+        end = int(ends[-1])
+    for first in range(0, count + 1, CHUNK):
+        file.write(np.arange(first, min(first + CHUNK, count + 1), dtype="<i8").data)
