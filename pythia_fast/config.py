@@ -156,10 +156,14 @@ class Config:
         return self.train.batch_size * self.data.seq_len
 
     @property
+    def decisive(self) -> dict[str, Any]:
+        """The keys that decide the losses beyond rounding: not paths, layout, logs, storage."""
+        return {k: v for k, v in flatten(self).items() if k not in _NOT_DECISIVE}
+
+    @property
     def digest(self) -> str:
-        """sha256 of all keys that decide the losses beyond rounding: not paths, layout, logs."""
-        decisive = {k: v for k, v in flatten(self).items() if k not in _NOT_DECISIVE}
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        """sha256 of `decisive`."""
+        return hashlib.sha256(json.dumps(self.decisive, sort_keys=True).encode()).hexdigest()
 
 
 _NOT_DECISIVE = frozenset(
@@ -186,7 +190,7 @@ def _published(
         "model.vocab_size": vocab,
         "model.init": init,
         "optimizer.lr": lr,
-        "optimizer.min_lr": lr / 10,
+        "optimizer.min_lr": round(lr / 10, 12),  # 6e-5, not 5.9999999999999995e-05
     }
 
 
@@ -219,6 +223,8 @@ def differences(config: Config) -> list[str]:
     if not config.model.preset:
         return []
     ours, theirs = flatten(config), published(config.model.preset)
+    if config.data.order == "preshuffled":  # the original's order, already applied to the files
+        ours["data.order"] = theirs["data.order"]
     sections = (
         *("model.", "optimizer.", "precision.", "data.order", "data.seq_len"),
         *("train.steps", "train.batch_size", "train.seed"),

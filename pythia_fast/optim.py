@@ -149,7 +149,8 @@ class AdamW:
         else:
             self.ops.adamw_(
                 self.weight, self.master, self.exp_avg, self.exp_avg_sq, self.grad,
-                decay_until=self.decay_until, lr=self._scalars[0:1], step=self._scalars[1:2], grad_scale=scale.view(1),
+                decay_until=self.decay_until,
+                lr=self._scalars[0:1], step=self._scalars[1:2], grad_scale=scale.view(1),
                 betas=c.betas, eps=c.eps, weight_decay=c.weight_decay,
             )  # fmt: skip
         self._fresh = True

@@ -1,0 +1,52 @@
+"""What this machine can run, what is missing, and how to get it: `pythia-fast doctor`."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+def examine() -> list[dict[str, Any]]:
+    """One row a capability: {"what", "ok", "required", "found"}; `found` says how to get it."""
+    import torch
+
+    rows = [
+        _row("python", sys.version_info >= (3, 11), sys.version.split()[0], required=True),
+        _row("torch", True, torch.__version__, required=True),
+        _package("triton", "kernels: pip install triton (Linux only)"),
+        _gpu(),
+        _package("tensorboard", "log.tensorboard: pip install 'pythia-fast[tensorboard]'"),
+        _package("wandb", "log.wandb: pip install 'pythia-fast[wandb]'"),
+        _package("lm-eval", "benchmarks over checkpoints: pip install 'pythia-fast[eval]'"),
+        _package("transformers", "tests against the reference: pip install 'pythia-fast[dev]'"),
+    ]
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    rows.append(_row("C++ compiler", bool(compiler), compiler or "none; pure Python is used"))
+    return rows
+
+
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return _row("GPU", False, "none; training runs on the CPU with the reference ops")
+    p = torch.cuda.get_device_properties(0)
+    found = f"{torch.cuda.device_count()} x {p.name}, sm_{p.major}{p.minor}, "
+    found += f"{p.total_memory / 2**30:.0f} GiB"
+    good = (p.major, p.minor) >= (8, 0)
+    return _row("GPU", good, found if good else f"{found}; sm_80 or later is needed")
+
+
+def _package(name: str, otherwise: str) -> dict[str, Any]:
+    try:
+        return _row(name, True, version(name))
+    except PackageNotFoundError:
+        present = importlib.util.find_spec(name.replace("-", "_")) is not None
+        return _row(name, present, "present" if present else f"missing. {otherwise}")
+
+
+def _row(what: str, ok: bool, found: str, required: bool = False) -> dict[str, Any]:
+    return {"what": what, "ok": ok, "required": required, "found": found}

@@ -1,0 +1,160 @@
+"""Continues prompts with a KV cache: `pythia-fast generate CKPT --prompt TEXT`.
+
+Prompts of different lengths share a batch: shorter ones are padded on the left, and every token
+keeps the position that it has in its own prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pythia_fast import checkpoint
+from pythia_fast.config import Model, resolve
+from pythia_fast.errors import InputError
+from pythia_fast.kernels import reference
+from pythia_fast.model import Attend, Pythia, materialise
+
+
+class Cache:
+    """Keys and values (L, B, H, length, D) of every layer, and where each row's prompt begins."""
+
+    def __init__(self, model: Pythia, padding: Tensor, length: int) -> None:
+        """padding (B,) int64: how many positions on the left of each row are padding."""
+        c, weight = model.config, model.embed_out.weight
+        shape = (c.layers, len(padding), c.heads, length, c.head_dim)
+        self._keys, self._values = torch.zeros(2, *shape, dtype=weight.dtype, device=weight.device)
+        self._padding = padding
+        self._cos, self._sin = model.rotary_tables(length, weight.device)
+        self.filled = 0
+
+    def attend(self, count: int) -> list[Attend]:
+        """One callable a layer for the next `count` positions; advances when all have run."""
+        start, end = self.filled, self.filled + count
+        self.filled = end
+        at = torch.arange(start, end, device=self._padding.device)
+        own = (at[None, :] - self._padding[:, None]).clamp(min=0)  # (B, count) in each prompt
+        cos, sin = self._cos[own].flatten(0, 1), self._sin[own].flatten(0, 1)
+        seen = torch.arange(end, device=at.device)
+        mask = (seen <= at[:, None]) & (seen >= self._padding[:, None, None])  # (B, count, end)
+        mask = mask | (seen == at[:, None])  # a padding position attends to itself, never to none
+
+        def attend_layer(keys: Tensor, values: Tensor) -> Attend:
+            def attend(qkv: Tensor) -> Tensor:
+                rotated = reference.rotary(qkv.flatten(0, 1)[None], cos, sin).view_as(qkv)
+                q, k, v = (t.transpose(1, 2) for t in rotated.chunk(3, dim=-1))
+                keys[:, :, start:end], values[:, :, start:end] = k, v
+                ctx = F.scaled_dot_product_attention(
+                    q, keys[:, :, :end], values[:, :, :end], attn_mask=mask[:, None]
+                )
+                return ctx.transpose(1, 2).flatten(-2)
+
+            return attend
+
+        return [attend_layer(k, v) for k, v in zip(self._keys, self._values, strict=True)]
+
+
+@torch.no_grad()
+def generate(
+    model: Pythia,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop_id: int | None = 0,
+) -> list[list[int]]:
+    """The continuation of each prompt, at most max_new_tokens ids, without the prompt.
+
+    temperature 0 takes the likeliest token; above 0 samples from softmax(logits/temperature) with
+    `seed`. A row ends after stop_id (the end-of-document token), which is not returned.
+    """
+    if not prompts or any(not prompt for prompt in prompts):
+        raise InputError("generate: every prompt needs at least one token")
+    device = model.embed_out.weight.device
+    longest = max(map(len, prompts))
+    padding = torch.tensor([longest - len(p) for p in prompts], device=device)
+    tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    cache = Cache(model, padding, longest + max_new_tokens)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    columns = []
+    for _ in range(max_new_tokens):
+        logits = model(tokens, cache.attend(tokens.shape[1]))[:, -1].float()  # (B, V)
+        if temperature > 0:
+            p = torch.softmax(logits / temperature, dim=-1)
+            tokens = torch.multinomial(p, 1, generator=generator)
+        else:
+            tokens = logits.argmax(dim=-1, keepdim=True)
+        columns.append(tokens[:, 0])
+        if stop_id is not None:
+            done |= tokens[:, 0] == stop_id
+            if done.all():
+                break
+    rows = torch.stack(columns, dim=1).tolist() if columns else [[] for _ in prompts]
+    return [row[: row.index(stop_id)] if stop_id in row else row for row in rows]
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Pythia, dict[str, Any]]:
+    """The model of a checkpoint folder on the best device, and the checkpoint's manifest."""
+    manifest = checkpoint.verify(path)
+    values = {k: v for k, v in manifest["config"].items() if k.startswith("model.")}
+    model = Pythia(_model_config(values))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    materialise(model, device, dtype)
+    with torch.no_grad():
+        tensors = checkpoint.load_all(path, prefix="model.")
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+    return model, manifest
+
+
+def _model_config(values: dict[str, Any]) -> Model:
+    return resolve({k: v for k, v in values.items() if k != "model.preset"}).model
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """A `tokenizers.Tokenizer` from its JSON file."""
+    from tokenizers import Tokenizer
+
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such tokenizer; name one with --tokenizer FILE")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise InputError(f"{path}: not a tokenizer: {error}") from None
+
+
+def continue_texts(
+    path: Path,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    tokenizer: Path | None = None,
+) -> list[dict[str, Any]]:
+    """{"prompt", "tokens": generated ids, "text": their text} for each prompt, by a checkpoint."""
+    if max_new_tokens < 1 or temperature < 0:
+        raise InputError("--max-new-tokens must be at least 1 and --temperature at least 0")
+    model, manifest = load_model(path)
+    coder = load_tokenizer(tokenizer or manifest["config"]["data.tokenizer"])
+    encoded = [coder.encode(prompt).ids for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if not ids:
+            raise InputError(f"--prompt {prompt!r} has no tokens")
+        if max(ids) >= model.config.vocab_size:
+            raise InputError(
+                f"the tokenizer gives id {max(ids)}, the model has {model.config.vocab_size}"
+            )
+    rows = generate(model, encoded, max_new_tokens, temperature, seed, coder.token_to_id(EOD))
+    return [
+        {"prompt": prompt, "tokens": row, "text": coder.decode(row)}
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
+
+
+EOD = "<|endoftext|>"

@@ -1,0 +1,106 @@
+"""What a run writes down: JSON lines keyed by step, and the optional trackers.
+
+A step log survives being killed: rows are appended whole, a torn last line is dropped, and a
+resumed run cuts the file back to its checkpoint, so no step stands twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pythia_fast.config import Config, flatten
+from pythia_fast.errors import InputError
+
+
+class StepLog:
+    """An append-only file of JSON objects with ascending "step"."""
+
+    def __init__(self, path: Path, keep_below: int) -> None:
+        """Opens for appending after dropping every row with step >= keep_below."""
+        kept = [line for row, line in _rows(path) if row["step"] < keep_below]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+        self._file = path.open("a")
+
+    def append(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Durable on disk: called before a checkpoint that relies on these rows is published."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_steps(path: Path) -> Iterator[dict[str, Any]]:
+    """The intact rows of a step log; empty where there is no file."""
+    return (row for row, _ in _rows(path))
+
+
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    if not path.exists():
+        return
+    with path.open() as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                return  # torn by a kill; nothing after it counts
+            if not line.endswith("\n"):
+                return
+            yield row, line
+
+
+class Trackers:
+    """TensorBoard and Weights & Biases, where the configuration asks for them."""
+
+    def __init__(self, config: Config, run: Path) -> None:
+        self._tensorboard = self._wandb = None
+        if config.log.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError(_missing("log.tensorboard", "tensorboard")) from None
+            self._tensorboard = SummaryWriter(str(run / "tensorboard"))
+        if config.log.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise InputError(_missing("log.wandb", "wandb")) from None
+            self._wandb = wandb.init(
+                project=config.log.wandb, name=run.name, dir=run, id=run.name,
+                resume="allow", config=flatten(config),
+            )  # fmt: skip
+
+    def log(self, row: dict[str, Any]) -> None:
+        values = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(values, step=row["step"])
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _missing(key: str, extra: str) -> str:
+    return f"{key} needs the package {extra}: pip install 'pythia-fast[{extra}]'"
+
+
+def entropy(counts: np.ndarray) -> float:
+    """−Σ p log p in nats of an array of counts: the loss of the best model without context."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())

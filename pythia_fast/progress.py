@@ -1,0 +1,61 @@
+"""Progress for people, on stderr: a bar on a terminal, a line every ten seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+_PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
+
+
+def say(message: str) -> None:
+    """One plain line on stderr."""
+    console.print(message, markup=False)
+
+
+class TrainProgress:
+    """Step, loss, tokens/s and time left of a training run."""
+
+    def __init__(self, steps: int, done: int) -> None:
+        self._steps, self._start = steps, done
+        self._began = self._said = time.monotonic()
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("", total=steps, completed=done)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, row: dict[str, Any]) -> None:
+        """row: one of metrics.jsonl."""
+        text = f"loss {row['loss']:.4f}"
+        if "valid_loss" in row:
+            text += f" (held out {row['valid_loss']:.4f})"
+        text += f"  {row['tokens_per_s']:,.0f} tokens/s"
+        self._bar.update(self._task, completed=row["step"], description=text)
+        now = time.monotonic()
+        last = row["step"] == self._steps
+        if not sys.stderr.isatty() and (now - self._said >= _PLAIN_EVERY or last):
+            self._said = now
+            done = max(row["step"] - self._start, 1)
+            left = (now - self._began) / done * (self._steps - row["step"])
+            say(f"step {row['step']}/{self._steps}  {text}  {left:.0f} s left")
