@@ -1,0 +1,595 @@
+"""Checkpoints: published atomically, checked byte by byte, never lost to retention.
+
+    <run>/checkpoints/step1000/    __0_0.distcp  .metadata    torch.distributed.checkpoint files
+                                   manifest.json              written last: sha256 of each file
+
+`save` fills a hidden directory beside the others, syncs it to disk and renames it, so that a
+directory `step<N>` with a manifest is complete whatever happened. `load` compares every byte with
+the manifest before anything is unpickled. Tensors carry one flat name a parameter
+("model.<parameter>", "exp_avg.<parameter>"), never a rank: any layout can load them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+
+from pythia_fast.errors import CheckError, InputError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_OWN_KEYS = {"format", "step", "permanent", "torch", "world", "files", "digest"}
+_METADATA = ".metadata"
+_BYTES_PER_FILE = 1 << 30  # a file, and a thread that writes it, for each GiB of tensors
+_MAX_FILES = 8
+_HASH_THREADS = 8
+
+PYTHIA_STEPS = (0, *(2**i for i in range(10)), *range(1000, 143001, 1000))
+
+
+def schedule(spec: Literal["pythia"] | Sequence[int], total_steps: int) -> list[int]:
+    """The steps kept for ever, ascending: those of `spec` up to total_steps, which is always one.
+
+    "pythia": 0, 1, 2, 4 .. 512, 1000, 2000 .. 143000 (154 of them), as the suite published.
+    """
+    steps = PYTHIA_STEPS if spec == "pythia" else spec
+    return sorted({total_steps, *(int(s) for s in steps if int(s) <= total_steps)})
+
+
+# --- which checkpoints there are ------------------------------------------------------------------
+
+
+def directory(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies, or would."""
+    return run_dir / "checkpoints" / f"step{step}"
+
+
+def steps(run_dir: Path) -> list[int]:
+    """Steps of the complete checkpoints, ascending."""
+    root = run_dir / "checkpoints"
+    if not root.is_dir():
+        return []
+    return sorted(
+        int(path.name[4:])
+        for path in root.iterdir()
+        if _is_step(path.name) and (path / MANIFEST).is_file()
+    )
+
+
+def newest(run_dir: Path) -> int | None:
+    """The last complete checkpoint's step; None where there is none."""
+    return max(steps(run_dir), default=None)
+
+
+def _is_step(name: str) -> bool:
+    digits = name.removeprefix("step")
+    return name.isascii() and digits.isdecimal() and name == f"step{int(digits)}"
+
+
+# --- saving ---------------------------------------------------------------------------------------
+
+
+def save(
+    run_dir: Path, step: int, tensors: dict[str, Tensor], extra: dict[str, Any], permanent: bool
+) -> Path:
+    """Publishes `tensors` (flat names, any device) as <run>/checkpoints/step<N> and returns it.
+
+    extra: plain JSON values that become keys of the manifest. A permanent checkpoint is never
+    pruned. Raises InputError where the step exists already or the disk refuses; what was there
+    before stays as it was.
+    """
+    if taken := extra.keys() & _OWN_KEYS:
+        raise ValueError(f"extra: {min(taken)} is a key of every manifest")
+    final = directory(run_dir, step)
+    if (final / MANIFEST).exists():
+        raise InputError(f"{final} exists already: a checkpoint is never overwritten")
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    try:
+        _make_directories(final.parent)
+        for leftover in (temporary, final):  # of a saver that died, or a deletion cut short
+            _remove_tree(leftover)
+        temporary.mkdir()
+        files = _write_tensors(temporary, tensors)
+        manifest = {
+            **extra,
+            "format": FORMAT,
+            "step": step,
+            "permanent": permanent,
+            "torch": torch.__version__,
+            "world": {"processes": 1},
+            "files": files,
+        }
+        _write_synced(temporary / MANIFEST, _manifest_bytes(manifest))
+        _sync_directory(temporary)
+        temporary.rename(final)
+        _sync_directory(final.parent)
+    except OSError as error:
+        _remove_tree(temporary)
+        raise InputError(_save_failure(run_dir, step, error)) from error
+    except BaseException:
+        _remove_tree(temporary)
+        raise
+    return final
+
+
+def _save_failure(run_dir: Path, step: int, error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    what = "disk full while saving" if full else "cannot save"
+    there = newest(run_dir)
+    rest = "there is no complete checkpoint yet"
+    if there is not None:
+        rest = f"the newest complete checkpoint is step {there}"
+    return f"{what} step {step} to {directory(run_dir, step)}: {error.strerror or error}, {rest}"
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Writes the torch.distributed.checkpoint files; returns name -> {bytes, sha256}."""
+    size = sum(t.nbytes for t in tensors.values())
+    writer = dcp.FileSystemWriter(
+        path, sync_files=False, thread_count=min(1 + size // _BYTES_PER_FILE, _MAX_FILES)
+    )
+    writer.fs = disk = _SyncedFiles()
+    writer.storage_meta = lambda: None  # type: ignore[method-assign]  # paths and ids of this host
+    with _plain_errors():
+        dcp.save(
+            tensors,
+            storage_writer=writer,
+            planner=DefaultSavePlanner(flatten_state_dict=False),
+            no_dist=True,
+        )
+    disk.raise_failure()
+    return {name: disk.written[name] for name in sorted(disk.written)}
+
+
+class _SyncedFiles(FileSystem):
+    """DCP's file system with sha256 while writing and fsync at every close.
+
+    DCP drops what its writer threads raise, so the first OSError is kept here, later writes are
+    dropped, and `raise_failure` raises it.
+    """
+
+    def __init__(self) -> None:
+        self.written: dict[str, dict[str, Any]] = {}
+        self.failure: OSError | None = None
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        stream = _HashedFile(self, Path(path))
+        try:
+            yield stream
+        finally:
+            stream.close()
+
+    def attempt(self, call: Callable[[], Any]) -> Any:
+        if self.failure is None:
+            try:
+                return call()
+            except OSError as error:
+                self.failure = error
+        return None
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        self.attempt(lambda: Path(path).rename(new_path))
+        if self.failure is None:
+            self.written[Path(new_path).name] = self.written.pop(Path(path).name)
+
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+class _HashedFile:
+    """The part of a binary file that DCP, torch.save and pickle use."""
+
+    def __init__(self, disk: _SyncedFiles, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._disk, self._path = disk, path
+        self._fd: int | None = disk.attempt(lambda: os.open(path, flags, 0o666))
+        self._bytes, self._hash = 0, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._bytes += len(view)
+        if self._disk.failure is None:
+            self._disk.attempt(lambda: _write_all(self._fd, view))
+            self._hash.update(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._bytes
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is None:
+            return
+        self._disk.attempt(lambda: os.fsync(fd))
+        os.close(fd)
+        self._disk.written[self._path.name] = {
+            "bytes": self._bytes,
+            "sha256": self._hash.hexdigest(),
+        }
+
+
+def _write_all(fd: int | None, view: memoryview) -> None:
+    assert fd is not None
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        _write_all(fd, memoryview(data))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _make_directories(path: Path) -> None:
+    """mkdir -p whose new entries survive a power loss."""
+    if not path.is_dir():
+        _make_directories(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_directory(path.parent)
+
+
+def _remove_tree(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """DCP's CheckpointException (a BaseException) as the error that caused it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise cause from None
+
+
+# --- the manifest ---------------------------------------------------------------------------------
+
+
+def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """The one spelling of a manifest; "digest" is the sha256 of the rest in the same spelling."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    digest = hashlib.sha256(_spelling(rest)).hexdigest()
+    return _spelling({**rest, "digest": digest})
+
+
+def _spelling(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint directory, itself intact; the other files are not read.
+
+    Raises InputError where there is none and CheckError where it was changed.
+    """
+    file = path / MANIFEST
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: no complete checkpoint ({MANIFEST}: {error.strerror})") from None
+    try:
+        manifest = json.loads(data)
+        intact = isinstance(manifest, dict) and _manifest_bytes(manifest) == data
+    except (ValueError, RecursionError):
+        intact = False
+    if not intact:
+        raise CheckError(f"{file} is damaged: it does not match its own digest")
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{file}: format {manifest.get('format')}, this version reads {FORMAT}")
+    _check_manifest(file, manifest)
+    return manifest
+
+
+def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    step, files = manifest.get("step"), manifest.get("files")
+    if not isinstance(step, int) or not isinstance(files, dict):
+        raise CheckError(f"{file}: no step or no files in it")
+    for name, entry in files.items():
+        if name != Path(name).name or name in ("", "..", MANIFEST):
+            raise CheckError(f"{file}: {name!r} is not the name of a file in this directory")
+        if not (
+            isinstance(entry, dict)
+            and isinstance(entry.get("bytes"), int)
+            and isinstance(entry.get("sha256"), str)
+        ):
+            raise CheckError(f"{file}: {name!r} has no bytes or no sha256")
+    if _is_step(file.parent.name) and file.parent.name != f"step{step}":
+        raise CheckError(f"{file} is of step {step}: the checkpoint is out of its place")
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Compares every file with the manifest (sha256) and returns the manifest.
+
+    Reads bytes and unpickles nothing. Raises CheckError naming the first file that is missing,
+    left over or changed; InputError where there is no manifest.
+    """
+    manifest = read_manifest(path)
+    files = manifest["files"]
+    present = {entry.name for entry in path.iterdir()} - {MANIFEST}
+    for name in sorted(files.keys() - present):
+        raise CheckError(f"{path / name} is missing")
+    for name in sorted(present - files.keys()):
+        raise CheckError(f"{path / name} is not in the manifest")
+    for name in sorted(files):
+        size = (path / name).stat().st_size
+        if size != files[name]["bytes"]:
+            raise CheckError(f"{path / name}: {size} bytes where {files[name]['bytes']} were saved")
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        digests = pool.map(_sha256, [path / name for name in sorted(files)])
+        for name, digest in zip(sorted(files), digests, strict=True):
+            if digest != files[name]["sha256"]:
+                raise CheckError(f"{path / name} is damaged: its sha256 is not the saved one")
+    return manifest
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def load(path: Path, into: dict[str, Tensor]) -> dict[str, Any]:
+    """Fills the tensors `into` in place, all the names of the checkpoint, and returns its manifest.
+
+    Verified first. Raises CheckError on damage, InputError naming the first tensor that is
+    missing, unexpected, or of another shape or dtype.
+    """
+    manifest = verify(path)
+    metadata = _read_metadata(path, manifest["files"])
+    saved = metadata.state_dict_metadata
+    for name in into:
+        if name not in saved:
+            raise InputError(f"{path} does not hold the tensor {name}")
+    for name, entry in saved.items():
+        if name not in into:
+            raise InputError(f"{path} holds the tensor {name}, which is not expected")
+        here, there = _describe(into[name].shape, into[name].dtype), _describe(*_kind(entry))
+        if here != there:
+            raise InputError(f"{path}: {name} is {there}, expected {here}")
+    _read_tensors(path, metadata, into)
+    return manifest
+
+
+def load_all(path: Path, prefix: str = "model.") -> dict[str, Tensor]:
+    """Name without `prefix` -> tensor on the CPU, for all saved names that start with it."""
+    metadata = _read_metadata(path, verify(path)["files"])
+    tensors = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if name.startswith(prefix):
+            shape, dtype = _kind(entry)
+            tensors[name] = torch.empty(shape, dtype=dtype)
+    if not tensors:
+        raise InputError(f"{path} holds no tensor {prefix}*")
+    _read_tensors(path, metadata, tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _kind(entry: Any) -> tuple[torch.Size, torch.dtype]:
+    return entry.size, entry.properties.dtype
+
+
+def _describe(shape: Sequence[int], dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
+def _read_tensors(path: Path, metadata: dcp.Metadata, into: dict[str, Tensor]) -> None:
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        with _plain_errors():
+            reader = _Reader(path, metadata)
+            dcp.load(dict(into), storage_reader=reader, planner=planner, no_dist=True)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckError(f"{path} cannot be read: {type(error).__name__}: {reason}") from error
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader on metadata that was unpickled under the allow-list; shards hold no code."""
+
+    def __init__(self, path: Path, metadata: dcp.Metadata) -> None:
+        super().__init__(path)
+        self._metadata = metadata
+
+    def read_metadata(self, *_: Any, **__: Any) -> dcp.Metadata:
+        return self._metadata
+
+
+def _read_metadata(path: Path, files: dict[str, Any]) -> dcp.Metadata:
+    """`.metadata`, a pickle, read under an allow-list; its claims checked against the files."""
+    if _METADATA not in files:
+        raise CheckError(f"{path}: {_METADATA} is not in the manifest")
+    try:
+        with (path / _METADATA).open("rb") as f:
+            metadata = _MetadataUnpickler(f).load()
+        _check_metadata(metadata, files)
+    except Exception as error:  # whatever a forged pickle provokes
+        reason = str(error).partition("\n")[0]
+        raise CheckError(f"{path / _METADATA} is refused: {reason}") from error
+    return metadata
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    **{
+        (dcp_metadata.__name__, cls.__name__): cls
+        for cls in (
+            dcp_metadata.ChunkStorageMetadata,
+            dcp_metadata.Metadata,
+            dcp_metadata.MetadataIndex,
+            dcp_metadata.TensorProperties,
+            dcp_metadata.TensorStorageMetadata,
+            dcp_metadata._MEM_FORMAT_ENCODING,
+        )
+    },
+    (_StorageInfo.__module__, _StorageInfo.__name__): _StorageInfo,
+    ("torch", "Size"): torch.Size,
+    # a look-up of "torch.strided" in a fixed table
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    **{
+        ("torch", str(d).removeprefix("torch.")): d
+        for d in (getattr(torch, name) for name in dir(torch))
+        if isinstance(d, torch.dtype)
+    },
+}
+
+
+class _MetadataUnpickler(pickle._Unpickler):  # the one in Python: its opcodes can be replaced
+    """Builds nothing but the classes of `_ALLOWED`, and never changes a class."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
+        return _ALLOWED[module, name]
+
+    def _build(self: Any) -> None:
+        """BUILD sets the attributes of an object; on a class that would change the program."""
+        if callable(self.stack[-2]):
+            raise pickle.UnpicklingError(f"it sets attributes of {self.stack[-2]!r}")
+        pickle._Unpickler.dispatch[pickle.BUILD[0]](self)
+
+    dispatch[pickle.BUILD[0]] = _build
+
+
+def _check_metadata(metadata: Any, files: dict[str, Any]) -> None:
+    """Raises ValueError unless each tensor is covered by chunks that lie in files of the manifest.
+
+    Without it a forged table could read outside of the directory, leave memory uninitialised, or
+    allocate what no file holds.
+    """
+    if type(metadata) is not dcp.Metadata:
+        raise ValueError("it is not the metadata of a checkpoint")
+    for name, entry in metadata.state_dict_metadata.items():
+        if type(entry) is not dcp_metadata.TensorStorageMetadata:
+            raise ValueError(f"{name} is not a tensor")
+        shape, dtype = _kind(entry)
+        stored = 0
+        for chunk in entry.chunks:
+            info = metadata.storage_data[dcp_metadata.MetadataIndex(name, chunk.offsets)]
+            elements = math.prod(chunk.sizes)
+            if info.relative_path not in files or info.transform_descriptors:
+                raise ValueError(f"{name} lies in {info.relative_path!r}")
+            end = info.offset + info.length
+            if info.offset < 0 or end > files[info.relative_path]["bytes"]:
+                raise ValueError(f"{name} lies beyond the end of {info.relative_path}")
+            if elements * dtype.itemsize > info.length:
+                raise ValueError(f"{name} claims more than its {info.length} bytes")
+            stored += elements
+        if stored != math.prod(shape):
+            raise ValueError(f"{name} is stored in part: {stored} of {math.prod(shape)} elements")
+
+
+# --- retention ------------------------------------------------------------------------------------
+
+
+def prune(run_dir: Path, keep: int) -> list[int]:
+    """Deletes the rolling checkpoints but the newest `keep`; returns the deleted steps.
+
+    A permanent checkpoint, or one whose manifest cannot be read, is never deleted.
+    """
+    rolling = [step for step in steps(run_dir) if _is_rolling(directory(run_dir, step))]
+    doomed = rolling[: max(len(rolling) - keep, 0)]
+    for step in doomed:
+        path = directory(run_dir, step)
+        (path / MANIFEST).unlink()  # first: a deletion cut short leaves no complete checkpoint
+        _sync_directory(path)
+        _remove_tree(path)
+    return doomed
+
+
+def _is_rolling(path: Path) -> bool:
+    try:
+        return read_manifest(path).get("permanent") is False
+    except (CheckError, InputError):
+        return False
+
+
+def clean(run_dir: Path) -> None:
+    """Removes what dead savers and deletions cut short left. The caller holds the run's lock."""
+    root = run_dir / "checkpoints"
+    if not root.is_dir():
+        return
+    for path in root.iterdir():
+        unpublished = path.name.startswith(".step")
+        torn = _is_step(path.name) and not (path / MANIFEST).exists()
+        if path.is_dir() and not path.is_symlink() and (unpublished or torn):
+            _remove_tree(path)
+
+
+# --- one trainer a run ----------------------------------------------------------------------------
+
+
+class RunLock:
+    """`with RunLock(run):` one process at a time; the kernel releases it however the holder ends.
+
+    Raises InputError naming the holder's pid. Creates the run directory.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            self._fd = os.open(self._run_dir / ".lock", flags, 0o666)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(self._fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._fd)
+            raise InputError(
+                f"another process (pid {pid}) is training in {self._run_dir}"
+            ) from None
+        except OSError as error:
+            if self._fd >= 0:
+                os.close(self._fd)
+            raise InputError(f"{self._run_dir} cannot be locked: {error.strerror}") from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        os.close(self._fd)
