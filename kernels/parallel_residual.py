@@ -150,8 +150,8 @@ def parallel_residual_fwd(
 ) -> tuple[Tensor, ...]:
     """(y,), or with two (weight, bias) pairs (y, y1, y2, mean, rstd).
 
-    x, attn, mlp (..., h) of one shape and dtype; vectors (h,) of one dtype. y, y1, y2 are contiguous, of x's
-    shape and dtype; mean and rstd are (M,) fp32.
+    x, attn, mlp (..., h) of one shape and dtype; vectors (h,) of one dtype. y, y1, y2 are
+    contiguous, of x's shape and dtype; mean and rstd are (M,) fp32.
     """
     x_rows, attn_rows, mlp_rows = _check_inputs(x, attn, mlp)
     vectors = {"attn_bias": attn_bias, "mlp_bias": mlp_bias}
