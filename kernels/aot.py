@@ -1,0 +1,270 @@
+"""Ahead-of-time compilation of every kernel, without a GPU, and what it says about each.
+
+    python -m pythia_fast.kernels.aot [--arch sm_90 ...] [--only NAME] [--json] [--workers 2]
+
+Compiles each case of each kernel file (`aot_cases()`) to a cubin and reports registers, spills,
+shared memory, the matrix instruction, the width of every pointer's global accesses and the static
+bound of the hot loop. Exits 1, with one line for each on stderr, when a kernel spills beyond its
+budget, needs more shared memory than the chip has, lacks a matrix instruction or accesses memory
+narrowly where its case says wide. A compilation says nothing about speed or correctness.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .aot_case import AotCase
+
+PACKAGE = __package__ or "pythia_fast.kernels"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block
+WIDE_BITS = 128
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation: a case of a module, for one architecture."""
+
+    module: str
+    case: str
+    arch: str
+
+
+def kernel_modules() -> list[str]:
+    """The modules of this directory that define `aot_cases`, by their source alone."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return [
+        f"{PACKAGE}.{f.stem}" for f in files if re.search(r"^def aot_cases\(", f.read_text(), re.M)
+    ]
+
+
+def compile_all(
+    modules: Iterable[str],
+    architectures: Iterable[str] = ARCHITECTURES,
+    only: str = "",
+    workers: int = 2,
+) -> Iterator[dict[str, Any]]:
+    """Report rows as they are ready, from processes that import the kernels uninterpreted.
+
+    only: a part of "module: case name". A row that failed has "error"; every row has "violations".
+    """
+    architectures = tuple(architectures)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _uninterpreted) as pool:
+        names = {module: pool.submit(_case_names, module) for module in modules}
+        jobs = [
+            Job(module, name, arch)
+            for module, listed in names.items()
+            for name in listed.result()
+            if only in f"{module.rpartition('.')[2]}: {name}"
+            for arch in architectures
+        ]
+        pending: dict[Future[dict[str, Any]], Job] = {pool.submit(_report, j): j for j in jobs}
+        for future in as_completed(pending):
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                yield _failure(pending[future], "the compiling process died")
+
+
+def _uninterpreted() -> None:
+    """A worker's first act: Triton reads this when a kernel is decorated."""
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _case_names(module: str) -> list[str]:
+    names = [case.name for case in importlib.import_module(module).aot_cases()]
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise ValueError(f"{module}: aot_cases() repeats the name {repeated[0]!r}")
+    return names
+
+
+def _report(job: Job) -> dict[str, Any]:
+    cases = importlib.import_module(job.module).aot_cases()
+    case = next(c for c in cases if c.name == job.case)
+    try:
+        row = _identity(job, case) | compile_case(case, job.arch)
+    except Exception as error:  # a compiler's error is a row of the report
+        message = (str(error).strip() or "no message").splitlines()[-1]
+        return _failure(job, f"{type(error).__name__}: {message}")
+    return row | {"violations": violations(case, row)}
+
+
+def _identity(job: Job, case: AotCase) -> dict[str, Any]:
+    pointers = [t[1:] for t in case.signature.values() if t.startswith("*")]
+    half = next((t for t in pointers if t in ("bf16", "fp16")), None)
+    return {
+        "module": job.module.rpartition(".")[2],
+        "kernel": case.kernel.__name__,
+        "case": case.name,
+        "arch": job.arch,
+        "dtype": half or next(iter(pointers), None),
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+    }
+
+
+def _failure(job: Job, error: str) -> dict[str, Any]:
+    row = {"module": job.module.rpartition(".")[2], "kernel": None, "case": job.case}
+    return row | {"arch": job.arch, "error": error, "violations": [error]}
+
+
+def compile_case(case: AotCase, arch: str) -> dict[str, Any]:
+    """Compile for one architecture; registers, memory, accesses and the hot loop of the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from .assembly import global_accesses, hot_loop_report, matrix_instruction, tcgen05_flops
+
+    arguments = [name for name, kind in case.signature.items() if kind != "constexpr"]
+    aligned = {
+        (position,): [["tt.divisibility", 16]]
+        for position, (name, kind) in enumerate(case.signature.items())
+        if kind.startswith(("*", "i")) and name not in case.not_aligned
+    }
+    number = int(arch.removeprefix("sm_"))
+    compiled = triton.compile(
+        ASTSource(case.kernel, case.signature, case.constexprs, aligned),
+        target=GPUTarget("cuda", number, 32),
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+    )
+    ptx = compiled.asm["ptx"]
+    sass = _tool("nvdisasm", "-c", cubin=compiled.asm["cubin"])
+    usage = _tool("cuobjdump", "--dump-resource-usage", cubin=compiled.asm["cubin"]) or ""
+    resources = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "triton": triton.__version__,
+        "registers": resources.get("REG"),
+        "spill_bytes": max(resources["STACK"], resources["LOCAL"]) if resources else None,
+        "shared_bytes": compiled.metadata.shared,
+        "matrix": matrix_instruction(ptx),
+        "accesses": global_accesses(ptx, arguments),
+        "hot_loop": hot_loop_report(sass, number, case.num_warps, tcgen05_flops(ptx))
+        if sass
+        else None,
+    }
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str | None:
+    """What a tool of the Triton wheel prints about a cubin; None where it cannot read it."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        try:
+            done = subprocess.run([path, option, file.name], capture_output=True, text=True)
+        except OSError:
+            return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def violations(case: AotCase, row: dict[str, Any]) -> list[str]:
+    """What this case promised and the compiled kernel does not keep."""
+    found = []
+    if row["spill_bytes"] is None:
+        found.append("registers and spills unknown: cuobjdump could not read the cubin")
+    elif row["spill_bytes"] > case.spill_budget:
+        found.append(f"spills {row['spill_bytes']} bytes a thread, budget {case.spill_budget}")
+    limit = SHARED_LIMIT[row["arch"]]
+    if row["shared_bytes"] > limit:
+        found.append(f"needs {row['shared_bytes']} bytes of shared memory, the chip has {limit}")
+    if case.matrix and row["matrix"] is None:
+        found.append("no matrix instruction in the PTX")
+    for pointer in case.wide:
+        accesses = row["accesses"].get(pointer, {})
+        narrow = {a: n for a, n in accesses.items() if int(a.lstrip("abcdelmorst")) < WIDE_BITS}
+        if narrow:
+            listed = ", ".join(f"{n} x {a}" for a, n in narrow.items())
+            found.append(f"{pointer}: accesses narrower than {WIDE_BITS} bits ({listed})")
+        elif not accesses:
+            found.append(f"{pointer}: no access found that could be seen to be wide")
+    return found
+
+
+# --- command --------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pythia_fast.kernels.aot", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--only", default="", help="cases whose 'file: name' contains this text")
+    parser.add_argument("--json", action="store_true", help="one JSON line a case on stdout")
+    parser.add_argument("--workers", type=int, default=2, help="compiling processes (default 2)")
+    arguments = parser.parse_args(argv)
+
+    rows = []
+    for row in compile_all(
+        kernel_modules(), arguments.arch, only=arguments.only, workers=arguments.workers
+    ):
+        rows.append(row)
+        if arguments.json:
+            print(json.dumps(row), flush=True)
+        elif sys.stderr.isatty():
+            print(f"\r{len(rows)} compiled", end="", file=sys.stderr, flush=True)
+    if not rows:
+        print(f"no case contains {arguments.only!r}", file=sys.stderr)
+        return 2
+    rows.sort(key=lambda r: (r["module"], r["kernel"] or "", r["case"], r["arch"]))
+    if not arguments.json:
+        _print_table(rows)
+    broken = [(row, line) for row in rows for line in row["violations"]]
+    for row, line in broken:
+        print(f"{row['module']}: {row['case']}: {row['arch']}: {line}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(caption="cycles: one block, one iteration of the hot loop (or one pass: *)")
+    for title in ("kernel", "case", "arch"):
+        table.add_column(title, overflow="fold")
+    for title in ("regs", "spill", "shared", "matrix", "accesses", "bytes", "issue", "bound"):
+        table.add_column(title, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*_cells(row))
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    first = [row["kernel"] or row["module"], row["case"], row["arch"]]
+    if "error" in row:
+        return [*first, "", "", "", "", row["error"]]
+    accesses = "\n".join(
+        f"{pointer} {' '.join(f'{n}x{a}' for a, n in counts.items())}"
+        for pointer, counts in row["accesses"].items()
+    )
+    resources = [str(row[k]) for k in ("registers", "spill_bytes", "shared_bytes")]
+    loop = row["hot_loop"]
+    if loop is None:
+        return [*first, *resources, row["matrix"] or "-", accesses, "", "not available", ""]
+    once = "" if loop["loop"] else "*"
+    bound = f"{loop['bound']:.0f}{once} {loop['bound_by']}"
+    issue = f"{loop['cycles']['issue']:.0f}{once}"
+    return [
+        *first, *resources, row["matrix"] or "-", accesses, str(loop["global_bytes"]), issue, bound
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

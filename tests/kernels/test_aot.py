@@ -1,0 +1,154 @@
+"""The ahead-of-time report: it finds each fault, and its figures agree with hand counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pythia_fast.kernels import aot
+from pythia_fast.kernels.assembly import global_accesses, hot_loop_report, parse_sass
+
+pytest.importorskip("triton.backends.nvidia")
+
+MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05"}
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[tuple[str, str], dict[str, Any]]:
+    """Every case of tests/support/aot_faults.py on every architecture."""
+    found = aot.compile_all(["aot_faults"], workers=1)
+    return {(row["case"], row["arch"]): row for row in found}
+
+
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("case", "fault"),
+    [
+        ("good copy", None),
+        ("good matmul", None),
+        ("loop", None),
+        ("narrow load", "x: accesses narrower than 128 bits (8 x ld16)"),
+        ("no such pointer", "z: no access found"),
+        ("no matrix instruction", "no matrix instruction in the PTX"),
+        ("too much shared memory", "bytes of shared memory, the chip has"),
+        ("spills", "bytes a thread, budget 0"),
+        ("spills within budget", None),
+        ("does not compile", "arange's range must be a power of 2"),
+    ],
+)
+def test_violations(rows: dict, case: str, fault: str | None, arch: str) -> None:
+    lines = rows[case, arch]["violations"]
+    if fault is None:
+        assert lines == []
+    else:
+        assert len(lines) == 1 and fault in lines[0], lines
+
+
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_figures_against_hand_counts(rows: dict, arch: str) -> None:
+    """128 x 128 x 64 bf16 a step: 2·128·128·64 FLOPs, (128 + 128)·64·2 bytes read."""
+    row = rows["good matmul", arch]
+    rate = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192}[arch]
+    assert row["matrix"] == MATRIX[arch]
+    assert set(row["accesses"]) == {"a", "b", "c"}
+    assert row["hot_loop"]["loop"]
+    assert row["hot_loop"]["cycles"]["tensor"] == 2 * 128 * 128 * 64 / rate
+    assert row["hot_loop"]["global_bytes"] == (128 + 128) * 64 * 2
+    copied = rows["good copy", arch]
+    assert copied["accesses"] == {"x": {"ld128": 1}, "y": {"st128": 1}}
+    assert copied["hot_loop"]["global_bytes"] == 1024 * 2 * 2 and not copied["hot_loop"]["loop"]
+    summed = rows["loop", arch]["hot_loop"]  # an unrolled iteration holds whole source iterations
+    assert summed["loop"] and summed["global_bytes"] % (512 * 4) == 0
+    additions = summed["global_bytes"] // 4 // (32 * 4)  # a warp of four, one per element loaded
+    assert summed["instructions"]["fp32"] in (additions, additions // 2)  # FADD, or packed FADD2
+
+
+def test_rows_are_json_lines(rows: dict) -> None:
+    for row in rows.values():
+        assert json.loads(json.dumps(row)) == row
+
+
+PTX = """
+	ld.param.b64 	%rd1, [k_param_0];
+	ld.param.b64 	%rd2, [k_param_1];
+	ld.param.b64 	%rd3, [k_param_2];
+	add.s64 	%rd4, %rd1, %rd9;
+	mov.b64 	%rd5, %rd4;
+	@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd5 + 0 ];
+	@!%p1 ld.global.L1::evict_first.v2.b64 { %rd20, %rd21 }, [ %rd4 + 16 ];
+	ld.global.b64 	{ %rd6 }, [ %rd3 + 0 ];
+	add.s64 	%rd7, %rd2, %rd6;
+	st.global.b16 [ %rd7 + 0 ], { %rs1 };
+	cp.async.cg.shared.global [ %r24 + 0 ], [ %rd5 + 0 ], 0x10, %r25;
+	atom.global.gpu.acq_rel.add.f32 %r9, [ %rd7 + 0 ], %r8;
+	ld.shared.v4.b32 	{ %r1, %r2, %r3, %r4 }, [%r7];
+"""
+
+
+def test_access_belongs_to_the_pointer_it_was_computed_from() -> None:
+    """Not to the tensor of indices that was loaded to compute it."""
+    assert global_accesses(PTX, ["x", "y", "index"]) == {
+        "x": {"ld128": 3},
+        "y": {"st16": 1, "atom32": 1},
+        "index": {"ld64": 1},
+    }
+
+
+SASS = """
+.text.k:
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   FADD R8, R8, R4 ;
+        /*0030*/              @!P1 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0040*/                   LDS.64 R10, [R1] ;
+        /*0050*/                   MUFU.EX2 R9, R9 ;
+        /*0060*/               @P0 BRA `(.L_x_0) ;
+        /*0070*/                   EXIT ;
+.L_x_2:
+        /*0080*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P3, [UR16], R20 ;
+        /*0090*/              @!P3 BRA `(.L_x_2) ;
+        /*00a0*/                   BRA `(.L_x_1) ;
+.L_x_3:
+        /*00b0*/                   BRA `(.L_x_3);
+"""
+
+
+def test_hot_loop_includes_its_out_of_line_wait_but_not_the_exit() -> None:
+    """The jump back from the wait is no loop; the wait's own spin is inside and has no loads."""
+    assert len(parse_sass(SASS)[0]) == 12
+    report = hot_loop_report(SASS, 90, warps=4, tcgen05=None)
+    assert report["loop"]
+    assert report["instructions"] == {
+        "control": 4, "fp32": 1, "memory": 3, "mufu": 1, "issue": 9,
+    }  # fmt: skip
+    assert report["cycles"] == {
+        "tensor": 0, "mufu": 8, "fp32": 1, "integer": 0, "shared": 8, "issue": 9,
+    }  # fmt: skip
+    assert (report["bound"], report["bound_by"]) == (9, "issue")
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(aot, "kernel_modules", lambda: ["aot_faults"])
+    assert aot.main(["--arch", "sm_90", "--only", "good", "--json", "--workers", "1"]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["case"] for row in printed} == {"good copy", "good matmul"}
+
+    assert aot.main(["--arch", "sm_90", "--only", "narrow", "--workers", "1"]) == 1
+    output = capsys.readouterr()
+    assert "narrow load" in output.out  # the table
+    assert output.err.endswith(
+        "aot_faults: narrow load: sm_90: x: accesses narrower than 128 bits (8 x ld16)\n"
+    )
+    assert aot.main(["--only", "nothing of this name", "--workers", "1"]) == 2
+
+
+def test_every_kernel_file_with_cases_is_found() -> None:
+    directory = Path(aot.__file__).parent
+    for module in aot.kernel_modules():
+        assert (directory / f"{module.rpartition('.')[2]}.py").exists()
+    assert f"{aot.PACKAGE}.aot" not in aot.kernel_modules()

@@ -1,0 +1,103 @@
+"""Small kernels, each with one fault that the ahead-of-time report must find, and two without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import triton
+import triton.language as tl
+
+from pythia_fast.kernels.aot_case import AotCase
+
+
+@triton.jit
+def copy(x, y, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, i < n), i < n)
+
+
+@triton.jit
+def matmul(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    rm = tl.program_id(0) * BM + tl.arange(0, BM)
+    rn = tl.program_id(1) * BN + tl.arange(0, BN)
+    rk = tl.arange(0, BK)
+    total = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        left = tl.load(a + rm[:, None] * K + (k + rk)[None, :])
+        right = tl.load(b + (k + rk)[:, None] * N + rn[None, :])
+        total = tl.dot(left, right, total)
+    tl.store(c + rm[:, None] * N + rn[None, :], total.to(c.dtype.element_ty))
+
+
+@triton.jit
+def center(x, y, n, BLOCK: tl.constexpr):
+    """BLOCK values stay in registers between the sum and the store."""
+    i = tl.arange(0, BLOCK)
+    values = tl.load(x + i, i < n, other=0.0)
+    tl.store(y + i, values - tl.sum(values) / n, i < n)
+
+
+@triton.jit
+def sum_rows(x, y, n, BLOCK: tl.constexpr):
+    """A loop of one 128-bit load a thread and iteration."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        total += tl.load(x + start + tl.arange(0, BLOCK))
+    tl.store(y + tl.arange(0, BLOCK), total)
+
+
+_COPY = AotCase(
+    name="good copy",
+    kernel=copy,
+    signature={"x": "*bf16", "y": "*bf16", "n": "i32", "BLOCK": "constexpr"},
+    constexprs={"BLOCK": 1024},
+    num_warps=4,
+    num_stages=1,
+    wide=("x", "y"),
+)
+_MATMUL = AotCase(
+    name="good matmul",
+    kernel=matmul,
+    signature={
+        **dict.fromkeys("abc", "*bf16"),
+        **dict.fromkeys("MNK", "i32"),
+        **dict.fromkeys(("BM", "BN", "BK"), "constexpr"),
+    },
+    constexprs={"BM": 128, "BN": 128, "BK": 64},
+    num_warps=8,
+    num_stages=3,
+    wide=("a", "b", "c"),
+    matrix=True,
+)
+_CENTER = AotCase(
+    name="spills",
+    kernel=center,
+    signature={"x": "*fp32", "y": "*fp32", "n": "i32", "BLOCK": "constexpr"},
+    constexprs={"BLOCK": 16384},
+    num_warps=1,
+    num_stages=1,
+)
+
+
+def aot_cases() -> list[AotCase]:
+    huge = {"BM": 128, "BN": 256, "BK": 128}
+    return [
+        _COPY,
+        _MATMUL,
+        replace(_COPY, name="narrow load", not_aligned=("x",)),
+        replace(_COPY, name="no such pointer", wide=("z",)),
+        replace(_COPY, name="no matrix instruction", matrix=True),
+        replace(_MATMUL, name="too much shared memory", constexprs=huge, num_stages=4),
+        _CENTER,
+        replace(_CENTER, name="spills within budget", spill_budget=1 << 20),
+        replace(_CENTER, name="does not compile", constexprs={"BLOCK": 1000}),
+        AotCase(
+            name="loop",
+            kernel=sum_rows,
+            signature={"x": "*fp32", "y": "*fp32", "n": "i32", "BLOCK": "constexpr"},
+            constexprs={"BLOCK": 512},
+            num_warps=4,
+            num_stages=1,
+            wide=("x", "y"),
+        ),
+    ]
