@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -97,18 +98,19 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _data_build(options: argparse.Namespace) -> None:
-    from pythia_fast.data import commands
+    from pythia_fast.data.build import build
 
-    result = commands.build(
+    built = build(
         options.inputs,
+        options.tokenizer,
         options.out,
-        tokenizer=options.tokenizer,
-        text_key=options.text_key,
+        key=options.text_key,
         append_eod=not options.no_eod,
         workers=options.workers,
     )
-    text = "{documents:,} documents, {tokens:,} tokens in {prefix}.bin and .idx"
-    _print(options, [result], text.format(**result))
+    row = {"prefix": str(options.out), **asdict(built)}
+    text = f"{built.documents:,} documents, {built.tokens:,} tokens in {options.out}.bin and .idx"
+    _print(options, [row], text)
 
 
 def _data_quickstart(options: argparse.Namespace) -> None:
@@ -119,10 +121,10 @@ def _data_quickstart(options: argparse.Namespace) -> None:
 
 
 def _data_join(options: argparse.Namespace) -> None:
-    from pythia_fast.data import commands
+    from pythia_fast.data.commands import join
 
-    result = commands.join(options.shards, options.out)
-    _print(options, [result], "{prefix}.bin: {bytes:,} bytes".format(**result))
+    result = join(options.source, options.out)
+    _print(options, [result], "{shards} shards, {bytes:,} bytes in {bin}".format(**result))
 
 
 def _data_view(options: argparse.Namespace) -> None:
@@ -146,13 +148,14 @@ def _data_digest(options: argparse.Namespace) -> None:
     config = load(options.config, options.overrides)
     start, stop = _steps(options.step) if options.step else (0, config.train.steps)
     expected = _ledger_digests(options.against) if options.against else {}
-    for row in commands.digest(config, start, stop):
+    for row in commands.digest(config, start, min(stop, max(expected, default=stop) + 1)):
         step = row["step"]
-        if options.against and step not in expected:
-            break
-        if expected.get(step, row["digest"]) != row["digest"]:
+        if step in expected and expected[step] != row["digest"]:
             raise CheckError(f"{options.against}: the data of step {step} differs from its ledger")
-        _print(options, [row], f"step {step}  {row['digest']}  running {row['running']}")
+        if start > 0:
+            del row["running"]  # the chain begins at step 0
+        running = f"  running {row['running']}" if "running" in row else ""
+        _print(options, [row], f"step {step}  {row['digest']}{running}")
 
 
 def _ledger_digests(run: Path) -> dict[int, str]:
@@ -165,10 +168,11 @@ def _ledger_digests(run: Path) -> dict[int, str]:
 
 
 def _data_verify(options: argparse.Namespace) -> None:
-    from pythia_fast.data import commands
+    from pythia_fast.data.commands import verify
 
-    for row in commands.verify(options.paths, options.checksums):
-        _print(options, [row], "{file}: {status}".format(**row))
+    for row in verify(options.paths, options.checksums):
+        found = row.get("error") or row.get("sha256") or f"{row['documents']:,} documents"
+        _print(options, [row], f"{row['path']}: {'ok' if row['ok'] else 'wrong'}: {found}")
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -270,8 +274,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     train.add_argument("--run", type=Path, help="run directory (default: runs/<config's name>)")
 
-    data = commands.add_parser("data", help="build, see and check token files", allow_abbrev=False)
-    data = data.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    data = commands.add_parser(
+        "data", help="build, see and check token files", allow_abbrev=False
+    ).add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     build = _command(
         data, "build", _data_build, "raw text or JSONL to .bin/.idx",
         "pythia-fast data build corpus.jsonl.zst --tokenizer tokenizer.json --out data/document",
@@ -290,9 +295,9 @@ def _parser() -> argparse.ArgumentParser:
     quick.add_argument("--vocab-size", type=int, default=4096, help="ids of its tokenizer (4096)")
     join = _command(
         data, "join", _data_join, "concatenate shards into one .bin",
-        "pythia-fast data join document-*-of-00020.bin --out joined/document",
+        "pythia-fast data join shards/document --out joined/document",
     )  # fmt: skip
-    join.add_argument("shards", nargs="+", type=Path, help="the .bin shards, in order")
+    join.add_argument("source", type=Path, help="prefix of the shards PREFIX-000NN-of-000LL.bin")
     join.add_argument("--out", type=Path, required=True, help="prefix of the files to write")
     view = _command(
         data, "view", _data_view, "the exact batch of any step",
@@ -310,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
         data, "verify", _data_verify, "check token files against checksums or their index",
         "pythia-fast data verify data/document --checksums SHA256SUMS",
     )  # fmt: skip
-    verify.add_argument("paths", nargs="+", type=Path, help="prefixes or files")
+    verify.add_argument("paths", nargs="*", type=Path, help="prefixes, files or folders")
     verify.add_argument("--checksums", type=Path, help="sha256sum or JSON file")
 
     bring = _command(

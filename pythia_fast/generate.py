@@ -101,7 +101,7 @@ def generate(
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Pythia, dict[str, Any]]:
     """The model of a checkpoint folder on the best device, and the checkpoint's manifest."""
-    manifest = checkpoint.verify(path)
+    manifest = checkpoint.read_manifest(path)
     values = {k: v for k, v in manifest["config"].items() if k.startswith("model.")}
     model = Pythia(_model_config(values))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -109,7 +109,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Pythia, 
     with torch.no_grad():
         tensors = checkpoint.load_all(path, prefix="model.")
         for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
+            parameter.copy_(tensors[name])
     return model, manifest
 
 

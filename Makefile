@@ -1,0 +1,54 @@
+# Everything a fresh clone needs: Python >= 3.11, pip and make.
+#
+#   make train   a real model on the standard library's text, minutes on two CPU cores
+#   make test    the CPU test suite, Triton kernels under the interpreter
+PYTHON ?= python3.11
+ifeq ($(shell command -v $(PYTHON)),)
+PYTHON := python3
+endif
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+# transformers 4 beside 5: exported checkpoints must load in both
+T4 := $(VENV)/transformers-4
+
+.PHONY: train test test-all lint aot bench clean
+
+train: $(VENV)/.installed
+	$(BIN)/pythia-fast data quickstart --out data/quickstart
+	$(BIN)/pythia-fast train configs/quickstart.toml --run $(RUN)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+aot: $(VENV)/.installed-dev
+	$(BIN)/python -m pythia_fast.kernels.aot
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m bench.bench_cpu
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("pythia-fast needs Python 3.11 or later") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(T4) \
+	  transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+	touch $(VENV)/.installed $@
+
+clean:
+	rm -rf build dist _skbuild *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
