@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -41,14 +41,19 @@ def publish(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds the advisory lock file `path`; it falls with its process, so it is never stale."""
+def locked(path: Path) -> Iterator[bool]:
+    """Holds the advisory lock file `path`; it falls with its process, so it is never stale.
+
+    Yields whether it is held: some network file systems have no locks. What is built under one is
+    deterministic and published whole, so that two builders then waste work but no data.
+    """
     with path.open("ab") as file:
-        # Some network file systems have no locks. What is built under one is deterministic and
-        # published atomically, so that two builders then waste work but not data.
-        with suppress(OSError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
 def sha256_file(path: Path) -> str:

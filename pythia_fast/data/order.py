@@ -304,8 +304,11 @@ def _cached(
     if not complete():
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            with locked(directory / f".{name}.lock"):
+            with locked(directory / f".{name}.lock") as alone:
                 if not complete():
+                    if alone:  # what a killed builder left
+                        for stale in directory.glob(f".{name}_*.tmp"):
+                            stale.unlink()
                     build(paths)
         except PermissionError as error:
             raise InputError(
