@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 
 from pythia_fast.errors import CheckError, InputError
+from pythia_fast.progress import say
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -104,33 +105,42 @@ def save(
     final = directory(run_dir, step)
     if (final / MANIFEST).exists():
         raise InputError(f"{final} exists already: a checkpoint is never overwritten")
+    _remove_tree(final)  # of a deletion cut short
+    try:
+        with publish(final) as temporary:
+            manifest = {
+                **extra,
+                "format": FORMAT,
+                "step": step,
+                "permanent": permanent,
+                "torch": torch.__version__,
+                "world": {"processes": 1},
+                "files": _write_tensors(temporary, tensors),
+            }
+            _write_synced(temporary / MANIFEST, _manifest_bytes(manifest))
+    except OSError as error:
+        raise InputError(_save_failure(run_dir, step, error)) from error
+    return final
+
+
+@contextmanager
+def publish(final: Path) -> Iterator[Path]:
+    """Yields an empty directory beside `final` that becomes `final` at the end, or disappears.
+
+    The files in it must be synced to disk by whoever writes them. Raises OSError.
+    """
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
     try:
         _make_directories(final.parent)
-        for leftover in (temporary, final):  # of a saver that died, or a deletion cut short
-            _remove_tree(leftover)
+        _remove_tree(temporary)
         temporary.mkdir()
-        files = _write_tensors(temporary, tensors)
-        manifest = {
-            **extra,
-            "format": FORMAT,
-            "step": step,
-            "permanent": permanent,
-            "torch": torch.__version__,
-            "world": {"processes": 1},
-            "files": files,
-        }
-        _write_synced(temporary / MANIFEST, _manifest_bytes(manifest))
+        yield temporary
         _sync_directory(temporary)
         temporary.rename(final)
         _sync_directory(final.parent)
-    except OSError as error:
-        _remove_tree(temporary)
-        raise InputError(_save_failure(run_dir, step, error)) from error
     except BaseException:
         _remove_tree(temporary)
         raise
-    return final
 
 
 def _save_failure(run_dir: Path, step: int, error: OSError) -> str:
@@ -352,6 +362,9 @@ def verify(path: Path) -> dict[str, Any]:
         size = (path / name).stat().st_size
         if size != files[name]["bytes"]:
             raise CheckError(f"{path / name}: {size} bytes where {files[name]['bytes']} were saved")
+    size = sum(entry["bytes"] for entry in files.values())
+    if size > 4e9:
+        say(f"verifying {path} ({size / 1e9:.1f} GB)")
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         digests = pool.map(_sha256, [path / name for name in sorted(files)])
         for name, digest in zip(sorted(files), digests, strict=True):
