@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -134,8 +135,8 @@ class Encoder:
         texts = [document.text() for document in block]
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         found = [encoding.ids + self.eod for encoding in encodings if encoding.ids]
-        ids = np.fromiter((id for document in found for id in document), np.int32)
         sizes = np.array([len(document) for document in found], np.int32)
+        ids = np.fromiter(chain.from_iterable(found), np.int32, int(sizes.sum()))
         return ids, sizes, len(block) - len(found)
 
 

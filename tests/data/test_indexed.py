@@ -37,8 +37,8 @@ def test_writes_the_bytes_of_the_format(tmp_path: Path, dtype: str) -> None:
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
 def test_reads_every_dtype(tmp_path: Path, dtype: str, suffix: str) -> None:
     documents = make_documents(SIZES, vocabulary=100)
-    write_pair(tmp_path / "document", documents, dtype)
-    dataset = IndexedDataset(str(tmp_path / "document") + suffix)
+    write_pair(tmp_path / "pile_0.87_document", documents, dtype)
+    dataset = IndexedDataset(str(tmp_path / "pile_0.87_document") + suffix)
     assert len(dataset) == len(SIZES) and dataset.dtype == np.dtype("<" + dtype)
     for n, document in enumerate(documents):
         assert np.array_equal(dataset[n], document)
