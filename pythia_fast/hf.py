@@ -25,6 +25,7 @@ from pythia_fast import checkpoint
 from pythia_fast.config import Config, Model, flatten, resolve, to_toml
 from pythia_fast.errors import InputError
 from pythia_fast.progress import console
+from pythia_fast.storage import publish
 
 Dtype = Literal["fp16", "bf16", "fp32"]
 HiddenAct = Literal["gelu", "gelu_pytorch_tanh"]
@@ -118,7 +119,7 @@ def export(
     tensors = checkpoint.load_all(checkpoint_path)
     _check_shapes(checkpoint_path, model, tensors)
     try:
-        with checkpoint.publish(out_dir.absolute()) as temporary:
+        with publish(out_dir.absolute()) as temporary:
             _write_weights(temporary, tensors, dtype, max_shard_bytes)
             for name, data in files.items():
                 (temporary / name).write_bytes(data)
