@@ -1,7 +1,6 @@
 """How a kernel is proved without a GPU: an honest error bound, and mutants that must be killed.
 
-The bound (flash-attention's, for any dtype): the kernel may err against float64 at most twice as
-much as plain torch errs in the same dtype, plus a small absolute term.
+The bound stands in `bench/bound.py`, which the GPU check and the benchmarks use too.
 """
 
 from __future__ import annotations
@@ -13,28 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import torch
-from torch import Tensor
+from bench.bound import ATOL, assert_close
+
+__all__ = ["ATOL", "REPOSITORY", "Mutant", "assert_close", "assert_killed", "load_mutant"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-# absolute slack by dtype, on values of order one
-ATOL = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-def assert_close(actual: Tensor, torch_same: Tensor, exact: Tensor, what: str = "") -> None:
-    """max|actual − exact| ≤ 2·max|torch_same − exact| + ATOL·max(1, max|exact|), and no NaN.
-
-    actual: the kernel's; torch_same: plain torch in the dtype under test; exact: float64.
-    """
-    assert actual.shape == exact.shape, f"{what}: shape {actual.shape}, expected {exact.shape}"
-    assert torch.isfinite(actual).all(), f"{what}: not finite"
-    if actual.numel() == 0:
-        return
-    error = (actual.double() - exact).abs().max().item()
-    allowed = 2 * (torch_same.double() - exact).abs().max().item()
-    allowed += ATOL[torch_same.dtype] * max(1.0, exact.abs().max().item())
-    assert error <= allowed, f"{what}: error {error:.3g} exceeds {allowed:.3g}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,418 @@
+"""Every public op of the kernels in one table: inputs, what is compared, and necessary bytes.
+
+The GPU check, the benchmarks and the tests of both read `OPS`; nothing else lists the ops.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pythia_fast.config import SUITE
+from pythia_fast.kernels import reference
+from pythia_fast.model import rotary_tables
+
+MAX_FLAT = 1 << 27  # elements of the optimizer's flat buffers, whatever the size
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one Pythia size makes of a microbatch."""
+
+    size: str
+    batch: int
+    positions: int
+    layers: int
+    hidden: int
+    heads: int
+    vocab: int
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.positions
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def flat(self) -> int:
+        """Elements of a flat parameter buffer, at most MAX_FLAT; odd where that does not cut it."""
+        weights = self.layers * 12 * self.hidden**2 + 2 * self.vocab * self.hidden
+        return min(weights + 1, MAX_FLAT)
+
+
+SIZES = tuple(name.removeprefix("pythia-") for name in SUITE)
+
+
+def shape(size: str, batch: int, positions: int) -> Shape:
+    """The shape of "70m" and so on; the tiny sizes of tests are made with Shape itself."""
+    published = SUITE[f"pythia-{size}"]
+    fields = {k: published[f"model.{k}"] for k in ("layers", "hidden", "heads")}
+    return Shape(size, batch, positions, vocab=published["model.vocab_size"], **fields)
+
+
+class Draw:
+    """N(0, 1) tensors of one device, the same sequence for the same seed."""
+
+    def __init__(self, device: torch.device, seed: int = 0) -> None:
+        self.device = device
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, *size: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(size, generator=self.generator, device=self.device).to(dtype)
+
+    def targets(self, rows: int, vocab: int) -> Tensor:
+        return torch.randint(vocab, (rows,), generator=self.generator, device=self.device)
+
+
+Inputs = Callable[[Shape, torch.dtype, Draw], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One public op in one form.
+
+    `inputs(shape, dtype, draw)` gives its keyword arguments; `draw` makes N(0, 1) tensors.
+    bytes_moved: per pass, necessary bytes for elements of `size` bytes (every input read once,
+    every output written once); empty where the op is bound by FLOPs.
+    """
+
+    label: str
+    file: str
+    name: str
+    inputs: Inputs
+    key: Callable[[Shape], tuple[int, ...]]  # shapes of equal key are one case
+    bytes_moved: dict[str, Callable[[Shape, int], int]]
+    differentiable: tuple[str, ...] = ()
+    consumed: tuple[str, ...] = ()  # the op may write over these
+    written: tuple[str, ...] = ()  # results that are arguments
+    flops: Callable[[Shape], int] | None = None  # of all passes together
+
+    @property
+    def kernel(self) -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"pythia_fast.kernels.{self.file}"), self.name)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        return getattr(reference, self.name)
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """What is timed: "forward" and "backward", or "both" where one launch serves both."""
+        return tuple(self.bytes_moved) or ("both",)
+
+
+# --- running an op --------------------------------------------------------------------------------
+
+
+def arguments(op: Op, inputs: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Fresh leaves for what is differentiable, clones of what is consumed or written.
+
+    dtype: what every floating tensor becomes (float64 for the exact result); None leaves them.
+    """
+    fresh = dict(inputs)
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor):
+            continue
+        wide = value if dtype is None or not value.is_floating_point() else value.to(dtype)
+        if name in op.differentiable:
+            fresh[name] = wide.detach().clone().requires_grad_()
+        else:
+            fresh[name] = wide.clone() if name in op.consumed + op.written else wide
+    return fresh
+
+
+def call(op: Op, function: Callable[..., Any], values: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The outputs of one call; a differentiable argument that is consumed goes in as a copy."""
+    passed = {
+        name: value.clone() if name in op.consumed and name in op.differentiable else value
+        for name, value in values.items()
+    }
+    outputs = function(**passed)
+    if outputs is None:
+        return ()
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def upstream(op: Op, outputs: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Gradients of the outputs: N(0, 1) rounded to dtype, 0.5 for a scalar loss."""
+    gradients = []
+    for index, output in enumerate(outputs):
+        if output.dim() == 0:
+            gradients.append(torch.full_like(output, 0.5))
+        else:
+            drawn = Draw(output.device, seed=1000 + index)(*output.shape, dtype=dtype)
+            gradients.append(drawn.to(output.dtype))
+    return gradients
+
+
+def results(
+    op: Op,
+    function: Callable[..., Any],
+    inputs: dict[str, Any],
+    dtype: torch.dtype,
+    wide: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Outputs, gradients ("d_x") and written arguments of one call, by name.
+
+    dtype: that of the test, in which upstream gradients are rounded; wide: as in `arguments`.
+    """
+    values = arguments(op, inputs, wide)
+    outputs = call(op, function, values)
+    found = {f"out{i}" if len(outputs) > 1 else "out": t for i, t in enumerate(outputs)}
+    if op.differentiable:
+        leaves = [values[name] for name in op.differentiable]
+        gradients = torch.autograd.grad(outputs, leaves, upstream(op, outputs, dtype))
+        found |= {f"d_{n}": g for n, g in zip(op.differentiable, gradients, strict=True)}
+    found |= {name: values[name] for name in op.written if values[name] is not None}
+    return {name: value.detach() for name, value in found.items()}
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def _rotary(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    tables = rotary_tables(s.positions, s.head_dim // 4)
+    cos, sin = (t.to(draw.device) for t in tables)
+    return {
+        "qkv": draw(s.batch, s.positions, s.heads, 3 * s.head_dim, dtype=dtype),
+        "cos": cos,
+        "sin": sin,
+    }
+
+
+def _norms(count: int) -> Inputs:
+    names = ("weight", "bias") if count == 1 else ("weight1", "bias1", "weight2", "bias2")
+
+    def inputs(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+        x = draw(s.batch, s.positions, s.hidden, dtype=dtype)
+        return {"x": x, **{name: draw(s.hidden, dtype=dtype) for name in names}}
+
+    return inputs
+
+
+def _residual(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    rows = {n: draw(s.batch, s.positions, s.hidden, dtype=dtype) for n in ("x", "attn", "mlp")}
+    return rows | {n: draw(s.hidden, dtype=dtype) for n in ("attn_bias", "mlp_bias")}
+
+
+def _residual_norms(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    names = ("weight1", "bias1", "weight2", "bias2")
+    return _residual(s, dtype, draw) | {n: draw(s.hidden, dtype=dtype) for n in names}
+
+
+def _gelu(approximate: str) -> Inputs:
+    def inputs(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+        x = draw(s.batch, s.positions, 4 * s.hidden, dtype=dtype)
+        return {"x": x, "bias": draw(4 * s.hidden, dtype=dtype), "approximate": approximate}
+
+    return inputs
+
+
+def _logits(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    """Standard deviation 3, so that a row has a few probabilities that matter."""
+    logits = (3 * draw(s.rows, s.vocab, dtype=torch.float32)).to(dtype)
+    return {"logits": logits, "targets": draw.targets(s.rows, s.vocab)}
+
+
+def _shard(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    """The second half of the vocabulary of a two-way split."""
+    half = s.vocab // 2
+    values = _logits(s, dtype, draw)
+    shard = values["logits"][:, half:].contiguous()
+    return {"logits": shard, "targets": values["targets"], "vocab_start": half}
+
+
+def _shard_grad(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    half = s.vocab // 2
+    values = _logits(s, dtype, draw)
+    return {
+        "logits": values["logits"][:, half:].contiguous(),
+        "targets": values["targets"],
+        "lse": values["logits"].float().logsumexp(1),
+        "scale": 0.25,
+        "vocab_start": half,
+    }
+
+
+def _head(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    weight = draw(s.vocab, s.hidden, dtype=torch.float32) * (3 / s.hidden**0.5)
+    return {
+        "x": draw(s.rows, s.hidden, dtype=dtype),
+        "weight": weight.to(dtype),
+        "targets": draw.targets(s.rows, s.vocab),
+        "chunk_rows": max(s.rows // 2, 1),
+    }
+
+
+def _flat(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    """State after some steps: v near g², weights of a few per cent."""
+
+    def one(value: float) -> Tensor:
+        return torch.full((), value, dtype=torch.float32, device=draw.device)
+
+    master = 0.02 * draw(s.flat, dtype=torch.float32)
+    return {
+        "weight": None if dtype == torch.float32 else master.to(dtype),
+        "master": master,
+        "exp_avg": 0.1 * draw(s.flat, dtype=torch.float32),
+        "exp_avg_sq": draw(s.flat, dtype=torch.float32).square_(),
+        "grad": draw(s.flat, dtype=torch.float32),
+        "decay_until": s.flat * 2 // 3 + 1,
+        "lr": one(1e-2),
+        "step": one(7.0),
+        "grad_scale": one(0.5),
+    }
+
+
+def _hidden(s: Shape) -> tuple[int, ...]:
+    return (s.batch, s.positions, s.hidden)
+
+
+def _vocabulary(s: Shape) -> tuple[int, ...]:
+    return (s.rows, s.vocab)
+
+
+def _rows_moved(count: int, width: int = 1) -> Callable[[Shape, int], int]:
+    """count tensors of (rows, width·h)."""
+    return lambda s, size: count * s.rows * width * s.hidden * size
+
+
+def _logits_moved(count: int, share: int = 1) -> Callable[[Shape, int], int]:
+    return lambda s, size: count * s.rows * (s.vocab // share) * size
+
+
+def _rotary_moved(s: Shape, size: int) -> int:
+    return 4 * size * (s.head_dim // 4 // 2 * 2) * s.rows * s.heads
+
+
+_NORM1 = ("weight", "bias")
+_NORM2 = ("weight1", "bias1", "weight2", "bias2")
+_BIASES = ("attn_bias", "mlp_bias")
+
+OPS: tuple[Op, ...] = (
+    Op(
+        label="rotary",
+        file="rotary",
+        name="rotary",
+        inputs=_rotary,
+        key=lambda s: (s.batch, s.positions, s.heads, s.head_dim),
+        bytes_moved={"forward": _rotary_moved, "backward": _rotary_moved},
+        differentiable=("qkv",),
+        consumed=("qkv",),
+    ),
+    Op(
+        label="layer_norm",
+        file="layer_norm",
+        name="layer_norm",
+        inputs=_norms(1),
+        key=_hidden,
+        bytes_moved={"forward": _rows_moved(2), "backward": _rows_moved(3)},
+        differentiable=("x", *_NORM1),
+    ),
+    Op(
+        label="dual_layer_norm",
+        file="layer_norm",
+        name="dual_layer_norm",
+        inputs=_norms(2),
+        key=_hidden,
+        bytes_moved={"forward": _rows_moved(3), "backward": _rows_moved(5)},
+        differentiable=("x", *_NORM2),
+    ),
+    Op(
+        label="parallel_residual",
+        file="parallel_residual",
+        name="parallel_residual",
+        inputs=_residual,
+        key=_hidden,
+        bytes_moved={"forward": _rows_moved(4), "backward": _rows_moved(1)},
+        differentiable=("x", "attn", "mlp", *_BIASES),
+    ),
+    Op(
+        label="parallel_residual_dual_layer_norm",
+        file="parallel_residual",
+        name="parallel_residual_dual_layer_norm",
+        inputs=_residual_norms,
+        key=_hidden,
+        bytes_moved={"forward": _rows_moved(6), "backward": _rows_moved(5)},
+        differentiable=("x", "attn", "mlp", *_BIASES, *_NORM2),
+    ),
+    *(
+        Op(
+            label=f"gelu {form}",
+            file="gelu",
+            name="gelu",
+            inputs=_gelu(approximate),
+            key=_hidden,
+            bytes_moved={"forward": _rows_moved(2, 4), "backward": _rows_moved(3, 4)},
+            differentiable=("x", "bias"),
+        )
+        for form, approximate in (("tanh", "tanh"), ("erf", "none"))
+    ),
+    Op(
+        label="cross_entropy",
+        file="cross_entropy",
+        name="cross_entropy",
+        inputs=lambda s, dtype, draw: _logits(s, dtype, draw) | {"scale": 1 / s.rows},
+        key=_vocabulary,
+        bytes_moved={"both": _logits_moved(2)},
+        differentiable=("logits",),
+        consumed=("logits",),
+    ),
+    Op(
+        label="cross_entropy_stats",
+        file="cross_entropy",
+        name="cross_entropy_stats",
+        inputs=_shard,
+        key=_vocabulary,
+        bytes_moved={"forward": _logits_moved(1, 2)},
+    ),
+    Op(
+        label="cross_entropy_grad_",
+        file="cross_entropy",
+        name="cross_entropy_grad_",
+        inputs=_shard_grad,
+        key=_vocabulary,
+        bytes_moved={"forward": _logits_moved(2, 2)},
+        written=("logits",),
+    ),
+    Op(
+        label="linear_cross_entropy",
+        file="linear_cross_entropy",
+        name="linear_cross_entropy",
+        inputs=lambda s, dtype, draw: _head(s, dtype, draw) | {"scale": 1 / s.rows},
+        key=lambda s: (s.rows, s.hidden, s.vocab),
+        bytes_moved={},
+        differentiable=("x", "weight"),
+        flops=lambda s: 6 * s.rows * s.hidden * s.vocab,
+    ),
+    Op(
+        label="grad_norm",
+        file="adam",
+        name="grad_norm",
+        inputs=lambda s, dtype, draw: {"grad": draw(s.flat, dtype=torch.float32)},
+        key=lambda s: (s.flat,),
+        bytes_moved={"forward": lambda s, size: 4 * s.flat},
+    ),
+    Op(
+        label="adamw_",
+        file="adam",
+        name="adamw_",
+        inputs=_flat,
+        key=lambda s: (s.flat,),
+        # read master, m, v, gradient in fp32; write master, m, v in fp32 and the weight
+        bytes_moved={"forward": lambda s, size: (7 * 4 + size) * s.flat},
+        written=("weight", "master", "exp_avg", "exp_avg_sq"),
+    ),
+)
+
+
+def find(label: str) -> Op:
+    """The op of that label."""
+    return next(op for op in OPS if op.label == label)
