@@ -1,0 +1,63 @@
+"""An op against its reference: outputs and every gradient, within the bound of `kernel_proof`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from kernel_proof import assert_close
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# the interpreter gets bf16 wrong, so that dtype is for a GPU
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
+]
+
+
+def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+
+
+def wide_slice(t: Tensor, before: int = 16, after: int = 32) -> Tensor:
+    """t's values as columns [before, before + h) of a wider buffer that is NaN elsewhere."""
+    buffer = torch.full((*t.shape[:-1], before + t.shape[-1] + after), float("nan"))
+    buffer = buffer.to(t.device, t.dtype)
+    view = buffer[..., before : before + t.shape[-1]]
+    view.copy_(t)
+    return view
+
+
+def outputs_and_grads(
+    op: Callable[..., Tensor | tuple[Tensor, ...]],
+    args: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+) -> list[Tensor]:
+    """Outputs of op(*args), then the gradient of each argument."""
+    leaves = [a.detach().requires_grad_() for a in args]
+    out = op(*leaves)
+    outs = out if isinstance(out, tuple) else (out,)
+    return [*outs, *torch.autograd.grad(outs, leaves, list(cotangents))]
+
+
+def prove(
+    op: Callable[..., Tensor | tuple[Tensor, ...]],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
+    args: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+) -> None:
+    """op in the arguments' dtype, beside plain torch in that dtype and in float64.
+
+    args and cotangents may be strided views; all arguments are differentiated.
+    """
+    actual = outputs_and_grads(op, args, cotangents)
+    same = outputs_and_grads(reference, args, cotangents)
+    exact = outputs_and_grads(
+        reference, [a.double() for a in args], [c.double() for c in cotangents]
+    )
+    for i, (a, s, e) in enumerate(zip(actual, same, exact, strict=True)):
+        assert a.dtype == s.dtype, f"result {i}: {a.dtype}, expected {s.dtype}"
+        assert_close(a, s, e, f"result {i} of {len(cotangents)} outputs and {len(args)} gradients")
