@@ -190,10 +190,14 @@ def _open_neox(
             f" {np.iinfo(np.int32).max} that the index format can count"
         )
     name = f"{dataset.prefix.name}_gpt-neox_{samples}ns_{seq_len}sl_{seed}s_{dataset.digest[:16]}"
-    shapes = {"doc": (documents,), "sample": (samples + 1, 2), "shuffle": (samples,)}
+    arrays = {
+        "doc": ((documents,), np.int32),
+        "sample": ((samples + 1, 2), np.int32),
+        "shuffle": ((samples,), np.uint32),
+    }
     index = _cached(
         name,
-        shapes,
+        arrays,
         dataset.prefix.parent if cache is None else Path(cache),
         lambda paths: build_index(dataset.sizes, epochs, samples, seq_len, seed, paths),
     )
@@ -291,12 +295,12 @@ def sample_blocks(
 
 def _cached(
     name: str,
-    shapes: dict[str, tuple[int, ...]],
+    arrays: dict[str, tuple[tuple[int, ...], Any]],
     directory: Path,
     build: Callable[[dict[str, Path]], None],
 ) -> dict[str, Any]:
     """The index arrays, mapped; built by one process while the others wait for its lock."""
-    paths = {part: directory / f"{name}_{part}_idx.npy" for part in shapes}
+    paths = {part: directory / f"{name}_{part}_idx.npy" for part in arrays}
 
     def complete() -> bool:
         return all(path.is_file() for path in paths.values())
@@ -310,23 +314,22 @@ def _cached(
                         for stale in directory.glob(f".{name}_*.tmp"):
                             stale.unlink()
                     build(paths)
-        except PermissionError as error:
-            raise InputError(
-                f"{directory}: index files cannot be written ({error.strerror}); set data.cache to"
-                " a directory that can"
-            ) from error
         except OSError as error:
-            raise InputError(f"{directory}: index files cannot be written: {error}") from error
-    return {part: _load(path, shapes[part]) for part, path in paths.items()}
+            raise InputError(
+                f"{directory}: cannot write the index files ({error.strerror}); data.cache names"
+                " another directory for them"
+            ) from error
+    return {part: _load(path, *arrays[part]) for part, path in paths.items()}
 
 
-def _load(path: Path, shape: tuple[int, ...]) -> Any:
+def _load(path: Path, shape: tuple[int, ...], dtype: Any) -> Any:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: damaged index file ({error}); delete it") from error
-    if array.shape != shape:
-        raise InputError(f"{path}: shape {array.shape}, expected {shape}; delete it")
+    if array.shape != shape or array.dtype != dtype:
+        found = f"{array.dtype} {array.shape}"
+        raise InputError(f"{path}: {found}, expected {np.dtype(dtype)} {shape}; delete it")
     return np.asarray(array)
 
 
