@@ -144,7 +144,7 @@ def results(documents: int) -> Iterator[dict[str, Any]]:
 
 
 def scaled(measured: dict[str, Any], factor: float) -> dict[str, Any]:
-    """Time and memory in proportion to the documents, above what the imports alone hold."""
+    """In proportion to the documents, above what the imports hold; blocks do not grow, so at most."""
     base = measured["import_rss_gb"]
     return {
         "documents": round(measured["documents"] * factor),

@@ -1,0 +1,36 @@
+"""AdamW over one flat buffer and the gradient norm, against torch's fused AdamW."""
+
+from __future__ import annotations
+
+import sys
+
+from bench.compare import Peer, main, peer
+
+LABELS = ("adamw_", "grad_norm")
+
+
+def _torch_fused(module):
+    """torch's fused AdamW on the fp32 master, after a pass that clips and before one that casts."""
+
+    def adamw_(
+        weight, master, exp_avg, exp_avg_sq, grad, decay_until, lr, step, grad_scale,
+        betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+    ):  # fmt: skip
+        grad = grad * grad_scale
+        for part, decay in ((slice(decay_until), weight_decay), (slice(decay_until, None), 0.0)):
+            states = ([t[part]] for t in (master, grad, exp_avg, exp_avg_sq))
+            module._fused_adamw_(
+                *states, [], [step], lr=lr, beta1=betas[0], beta2=betas[1],
+                weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
+            )  # fmt: skip
+        if weight is not None:
+            weight.copy_(master)
+
+    return adamw_
+
+
+PEERS: dict[str, dict[str, Peer]] = {"adamw_": {"torch-fused": peer("torch", _torch_fused)}}
+
+
+if __name__ == "__main__":
+    sys.exit(main(LABELS, PEERS))

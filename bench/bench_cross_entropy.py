@@ -1,0 +1,36 @@
+"""Cross entropy in place, forward and backward together, and its parts for a split vocabulary."""
+
+from __future__ import annotations
+
+import sys
+
+from bench.compare import Peer, main, peer
+
+LABELS = ("cross_entropy", "cross_entropy_stats", "cross_entropy_grad_")
+
+
+def _liger(module):
+    def cross_entropy(logits, targets, scale):
+        return module.liger_cross_entropy(logits, targets, reduction="sum") * scale
+
+    return cross_entropy
+
+
+def _quack(module):
+    def cross_entropy(logits, targets, scale):
+        loss = module.cross_entropy(logits, targets, reduction="sum", inplace_backward=True)
+        return loss * scale
+
+    return cross_entropy
+
+
+PEERS: dict[str, dict[str, Peer]] = {
+    "cross_entropy": {
+        "liger": peer("liger_kernel.transformers.functional", _liger),
+        "quack": peer("quack.cross_entropy", _quack),
+    }
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main(LABELS, PEERS))

@@ -1,0 +1,28 @@
+"""Partial rotary in place on packed qkv, against torch and QuACK."""
+
+from __future__ import annotations
+
+import sys
+
+from bench.compare import Peer, main, peer
+
+LABELS = ("rotary",)
+
+
+def _quack(module):
+    """Writes q and k in place, as views of qkv."""
+
+    def rotary(qkv, cos, sin):
+        head_dim = qkv.shape[-1] // 3
+        for part in (qkv[..., :head_dim], qkv[..., head_dim : 2 * head_dim]):
+            module.apply_rotary_emb(part, cos, sin, inplace=True)
+        return qkv
+
+    return rotary
+
+
+PEERS: dict[str, dict[str, Peer]] = {"rotary": {"quack": peer("quack.rotary", _quack)}}
+
+
+if __name__ == "__main__":
+    sys.exit(main(LABELS, PEERS))
