@@ -144,7 +144,7 @@ def results(documents: int) -> Iterator[dict[str, Any]]:
 
 
 def scaled(measured: dict[str, Any], factor: float) -> dict[str, Any]:
-    """In proportion to the documents, above what the imports hold; blocks do not grow, so at most."""
+    """In proportion to the documents: an upper bound of memory, for the blocks do not grow."""
     base = measured["import_rss_gb"]
     return {
         "documents": round(measured["documents"] * factor),
