@@ -1,0 +1,224 @@
+"""Correctness of every kernel on a GPU, on the shapes of all ten sizes, in one command.
+
+    python -m bench.check [--minutes 8] [--out FILE] [--only LABEL ...] [--interpret]
+
+Every (op, shape) runs in a process of its own, so that a crash or an illegal access is a row and
+not the end; the shapes reach every entry of each kernel's tile table. Results, gradients and
+in-place updates are held to the bound of `bench/bound.py` in bf16 and fp16, with fresh memory
+filled with NaN, and a second run must give the same bits. compute-sanitizer then runs memcheck and
+racecheck on small shapes, where it is installed. Rows are JSON lines, appended to FILE as they
+come. Exits 1 when a row is neither "ok" nor "not found"; "not run" means that time was over.
+
+--interpret does the same on tiny shapes in fp32 and fp16 under Triton's interpreter, on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import OPS, SIZES, Draw, Op, Shape, find, results, shape
+from bench.compare import DTYPES, worst
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BATCH, POSITIONS = 4, 2048
+FIRST_SIZE = "70m"  # each op is seen once on it before anything else
+LONGEST = 180.0  # seconds of one process
+TINY = Shape("tiny", batch=2, positions=5, layers=1, hidden=96, heads=3, vocab=50)
+SMALL = Shape("small", batch=1, positions=65, layers=1, hidden=768, heads=12, vocab=1000)
+TOOLS = ("memcheck", "racecheck")
+SANITIZER_FOUND_ERRORS = 77
+
+
+@dataclass(frozen=True)
+class Task:
+    """One process: an op on one shape, plainly or under a tool of compute-sanitizer."""
+
+    label: str
+    shape: Shape
+    dtypes: tuple[str, ...]
+    tool: str | None = None
+
+
+# --- one case, in this process --------------------------------------------------------------------
+
+
+def check_case(op: Op, s: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Kernel against float64 and plain torch, then against itself; a row with its "status"."""
+    inputs = op.inputs(s, dtype, Draw(device))
+    same = results(op, op.reference, inputs, dtype)
+    exact = results(op, op.reference, inputs, dtype, torch.float64)
+    with _poisoned():
+        actual = results(op, op.kernel, inputs, dtype)
+        again = results(op, op.kernel, inputs, dtype)
+    where, found = worst(actual, same, exact, op, dtype)
+    repeats = all(torch.equal(actual[name], again[name]) for name in actual)
+    status = "wrong" if not found.within else "ok" if repeats else "not deterministic"
+    return {"status": status, "where": where, **asdict(found)}
+
+
+class _poisoned:
+    """torch.empty gives NaN (what torch does where deterministic algorithms are asked for)."""
+
+    def __enter__(self) -> None:
+        self.before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def __exit__(self, *error: object) -> None:
+        torch.use_deterministic_algorithms(self.before)
+
+
+def _run_one(text: str) -> int:
+    """What a child does: the rows of one task, given as JSON, on stdout."""
+    fields = json.loads(text)
+    task = Task(**fields | {"shape": Shape(**fields["shape"])})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for dtype in task.dtypes:
+        started = time.perf_counter()
+        row = check_case(find(task.label), task.shape, DTYPES[dtype], device)
+        print(json.dumps({"dtype": dtype, **row, **_seconds(started)}), flush=True)
+    return 0
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+
+def plan(only: list[str] | None, interpret: bool) -> list[Task]:
+    """Every task in order of value: each op once, memcheck, the other shapes, racecheck."""
+    chosen = [op for op in OPS if not only or op.label in only or op.name in only]
+    if interpret:
+        return [Task(op.label, TINY, ("fp32", "fp16")) for op in chosen]
+    half = ("bf16", "fp16")
+    memcheck, racecheck = (
+        [Task(op.label, SMALL, ("bf16",), tool) for op in chosen] for tool in TOOLS
+    )
+    first = [Task(op.label, shape(FIRST_SIZE, BATCH, POSITIONS), half) for op in chosen]
+    seen = {(t.label, find(t.label).key(t.shape)) for t in first}
+    rest = []
+    for size in SIZES:
+        for op in chosen:
+            s = shape(size, BATCH, POSITIONS)
+            if (op.label, op.key(s)) not in seen:
+                seen.add((op.label, op.key(s)))
+                rest.append(Task(op.label, s, half))
+    return first + memcheck + rest + racecheck
+
+
+def run_task(task: Task, deadline: float, interpret: bool = False) -> list[dict[str, Any]]:
+    """The rows of one task, from a child process that may die, hang or not be started."""
+    head = {"op": task.label, "size": task.shape.size, "tool": task.tool}
+    head["shape"] = list(find(task.label).key(task.shape))
+    left = deadline - time.monotonic()
+    if left <= 0:
+        return [head | {"status": "not run"}]
+    command = [sys.executable, "-m", "bench.check", "--one", json.dumps(asdict(task))]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if interpret:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if task.tool:
+        sanitizer = _sanitizer()
+        if sanitizer is None:
+            return [head | {"status": "not found", "error": "compute-sanitizer is not installed"}]
+        code = ["--error-exitcode", str(SANITIZER_FOUND_ERRORS)]
+        command = [sanitizer, "--tool", task.tool, *code, *command]
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # the allocator's slack hides overruns
+    rows, failure = run_child(command, environment, min(left, LONGEST))
+    rows = [head | row for row in rows]
+    return [*rows, head | failure] if failure else rows
+
+
+def run_child(
+    command: list[str], environment: dict[str, str], seconds: float
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The JSON rows that a command printed, and a row about how it failed, if it did."""
+    started = time.perf_counter()
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as child:  # fmt: skip
+        try:
+            out, err = child.communicate(timeout=seconds)
+            status = "crash"
+        except subprocess.TimeoutExpired:
+            child.kill()
+            out, err = child.communicate()
+            status = "timeout"
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    if child.returncode == 0:
+        return rows, None
+    if child.returncode == SANITIZER_FOUND_ERRORS:
+        status = "sanitizer errors"
+        err = "\n".join(line for line in out.splitlines() if line.startswith("====="))
+    tail = "\n".join((err.strip() or out.strip()).splitlines()[-5:])
+    return rows, {"status": status, "rc": child.returncode, "error": tail, **_seconds(started)}
+
+
+def _sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin"
+    )
+
+
+def _seconds(started: float) -> dict[str, float]:
+    return {"seconds": round(time.perf_counter() - started, 3)}
+
+
+def _all_rows(
+    tasks: list[Task], deadline: float, workers: int, interpret: bool
+) -> Iterator[dict[str, Any]]:
+    with ThreadPoolExecutor(workers) as pool:
+        pending = [pool.submit(run_task, task, deadline, interpret) for task in tasks]
+        for future in as_completed(pending):
+            yield from future.result()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.check", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--minutes", type=float, default=8.0, help="of all together (default 8)")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "bench/results/check.jsonl")
+    parser.add_argument("--only", nargs="+", metavar="OP", choices=_names(), help="ops by name")
+    parser.add_argument("--workers", type=int, default=4, help="processes at once (default 4)")
+    parser.add_argument("--interpret", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--one", metavar="TASK", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.one:
+        return _run_one(options.one)
+    if not options.interpret and not torch.cuda.is_available():
+        print("the check needs a CUDA device (or --interpret); none is visible", file=sys.stderr)
+        return 2
+    deadline = time.monotonic() + 60 * options.minutes
+    tasks = plan(options.only, options.interpret)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    counts: Counter[str] = Counter()
+    with options.out.open("a") as file:
+        for row in _all_rows(tasks, deadline, options.workers, options.interpret):
+            line = json.dumps(row)
+            print(line, flush=True)
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            counts[row["status"]] += 1
+    print(", ".join(f"{n} {status}" for status, n in counts.most_common()), file=sys.stderr)
+    return 0 if set(counts) <= {"ok", "not found"} else 1
+
+
+def _names() -> list[str]:
+    return sorted({op.label for op in OPS} | {op.name for op in OPS})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
