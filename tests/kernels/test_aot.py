@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from kernel_proof import Mutant, assert_killed
 
-from pythia_fast.kernels import aot
-from pythia_fast.kernels.assembly import global_accesses, hot_loop_report, parse_sass
+from pythia_fast.kernels import aot, assembly
 
 pytest.importorskip("triton.backends.nvidia")
 
@@ -80,7 +81,8 @@ PTX = """
 	@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd5 + 0 ];
 	@!%p1 ld.global.L1::evict_first.v2.b64 { %rd20, %rd21 }, [ %rd4 + 16 ];
 	ld.global.b64 	{ %rd6 }, [ %rd3 + 0 ];
-	add.s64 	%rd7, %rd2, %rd6;
+	ld.shared.b64 	%rd8, [%rd3];
+	mad.lo.s64 	%rd7, %rd6, %rd8, %rd2;
 	st.global.b16 [ %rd7 + 0 ], { %rs1 };
 	cp.async.cg.shared.global [ %r24 + 0 ], [ %rd5 + 0 ], 0x10, %r25;
 	atom.global.gpu.acq_rel.add.f32 %r9, [ %rd7 + 0 ], %r8;
@@ -88,9 +90,9 @@ PTX = """
 """
 
 
-def test_access_belongs_to_the_pointer_it_was_computed_from() -> None:
-    """Not to the tensor of indices that was loaded to compute it."""
-    assert global_accesses(PTX, ["x", "y", "index"]) == {
+def check_accesses(module: ModuleType) -> None:
+    """An access belongs to the pointer its address comes from, not to a loaded index."""
+    assert module.global_accesses(PTX, ["x", "y", "index"]) == {
         "x": {"ld128": 3},
         "y": {"st16": 1, "atom32": 1},
         "index": {"ld64": 1},
@@ -118,10 +120,11 @@ SASS = """
 """
 
 
-def test_hot_loop_includes_its_out_of_line_wait_but_not_the_exit() -> None:
-    """The jump back from the wait is no loop; the wait's own spin is inside and has no loads."""
-    assert len(parse_sass(SASS)[0]) == 12
-    report = hot_loop_report(SASS, 90, warps=4, tcgen05=None)
+def check_hot_loop(module: ModuleType) -> None:
+    """It holds its out-of-line wait, not the exit. The jump back from the wait is no loop of its
+    own; the wait's spin is one, inside, and has no loads."""
+    assert len(module.parse_sass(SASS)[0]) == 12
+    report = module.hot_loop_report(SASS, 90, warps=4, tcgen05=None)
     assert report["loop"]
     assert report["instructions"] == {
         "control": 4, "fp32": 1, "memory": 3, "mufu": 1, "issue": 9,
@@ -130,6 +133,39 @@ def test_hot_loop_includes_its_out_of_line_wait_but_not_the_exit() -> None:
         "tensor": 0, "mufu": 8, "fp32": 1, "integer": 0, "shared": 8, "issue": 9,
     }  # fmt: skip
     assert (report["bound"], report["bound_by"]) == (9, "issue")
+    straight = module.hot_loop_report(SASS.replace("@P0 BRA `(.L_x_0)", "NOP"), 90, 4, None)
+    assert not straight["loop"]
+
+
+FILE = "kernels/assembly.py"
+MUTANTS = [
+    Mutant("loads pass their address on", FILE, '("ld.", "st.")', '("st.",)'),
+    Mutant("width without its lanes", FILE, "(int(lanes[1]) if lanes else 1)", "1"),
+    Mutant("asynchronous copies in bits", FILE, "8 * int(copied[2], 0)", "int(copied[2], 0)"),
+    Mutant("predicates end nothing", FILE, "conditional or not ends", "not ends"),
+    Mutant(
+        "every jump back is a loop",
+        FILE,
+        "if dominators[source] >> header & 1:",
+        "if header <= source:",
+    ),
+    Mutant("bytes of one lane", FILE, "shared = 32 * sum", "shared = sum"),
+    Mutant("one scheduler", FILE, "len(counted) * warps / 4", "len(counted) * warps"),
+]
+
+
+def test_assembly() -> None:
+    check_accesses(assembly)
+    check_hot_loop(assembly)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
+    def check(module: ModuleType) -> None:
+        check_accesses(module)
+        check_hot_loop(module)
+
+    assert_killed(mutant, check, tmp_path)
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

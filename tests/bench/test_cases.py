@@ -1,0 +1,57 @@
+"""The table of ops: its bytes against the design's figures, its inputs left as they were."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.cases import OPS, SIZES, Draw, Op, find, results, shape
+from bench.check import TINY
+
+TOKEN_BYTES = {  # bf16 elements of h a token, forward and backward
+    "layer_norm": (2, 3),
+    "dual_layer_norm": (3, 5),
+    "parallel_residual": (4, 1),
+    "parallel_residual_dual_layer_norm": (6, 5),
+    "gelu tanh": (8, 12),
+    "gelu erf": (8, 12),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_necessary_bytes(size: str) -> None:
+    s = shape(size, batch=2, positions=2048)
+    tokens = 2 * 2048
+    for label, counts in TOKEN_BYTES.items():
+        moved = find(label).bytes_moved
+        assert [moved[p](s, 2) for p in ("forward", "backward")] == [
+            n * 2 * s.hidden * tokens for n in counts
+        ], label
+    assert find("cross_entropy").bytes_moved["both"](s, 2) == 4 * s.vocab * tokens
+    assert find("adamw_").bytes_moved["forward"](s, 2) == 30 * s.flat
+    assert find("grad_norm").bytes_moved["forward"](s, 2) == 4 * s.flat
+    # q and k, read and written, a quarter of each: as much as one tensor of h
+    assert find("rotary").bytes_moved["forward"](s, 2) == 2 * s.hidden * tokens
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.label)
+def test_running_an_op_leaves_its_inputs(op: Op) -> None:
+    """So that kernel, reference and float64 see the same values."""
+    inputs = op.inputs(TINY, torch.float16, Draw(torch.device("cpu")))
+    before = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+    def scribbling(**values: object) -> object:
+        outputs = op.reference(**values)
+        for name in op.consumed + op.written:
+            values[name].data.fill_(7)  # type: ignore[attr-defined]
+        return outputs
+
+    first = results(op, op.reference, inputs, torch.float16)
+    if not op.written:
+        results(op, scribbling, inputs, torch.float16)
+    assert all(torch.equal(inputs[k], v) for k, v in before.items() if isinstance(v, Tensor))
+    again = results(op, op.reference, inputs, torch.float16)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    wanted = {f"d_{name}" for name in op.differentiable} | set(op.written)
+    assert wanted <= set(first) and any(torch.count_nonzero(t) for t in first.values())
