@@ -115,13 +115,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str,
 class _SyncedFiles(FileSystem):
     """DCP's file system with sha256 while writing and fsync at every close.
 
-    DCP drops what its writer threads raise, so the first OSError is kept here, later writes are
-    dropped, and `raise_failure` raises it.
+    DCP drops what its writer threads raise, and torch.save replaces it, so the first error is kept
+    here, later writes are dropped, and `raise_failure` raises it.
     """
 
     def __init__(self) -> None:
         self.written: dict[str, dict[str, Any]] = {}
-        self.failure: OSError | None = None
+        self.failure: BaseException | None = None
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
@@ -135,9 +135,12 @@ class _SyncedFiles(FileSystem):
         if self.failure is None or always:
             try:
                 return call()
-            except OSError as error:
+            except BaseException as error:
                 self.failure = self.failure or error
         return None
+
+    def mkdir(self, path: str | os.PathLike) -> None:
+        """The directory is there: `publish` made it."""
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         self.attempt(lambda: Path(path).rename(new_path))
