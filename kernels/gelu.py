@@ -22,13 +22,16 @@ H200's special-function rate at 4.3 TB/s).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pythia_fast.kernels.aot_case import AotCase
 from pythia_fast.kernels.checks import check, check_rows, check_vectors, grad_rows
-from pythia_fast.kernels.rows import Tile, programs, sum_partials
+from pythia_fast.kernels.rows import SUITE, Tile, programs, sum_partials
 
 BLOCK_N = 1024
 FORWARD = Tile(rows=4, warps=4)
@@ -230,3 +233,32 @@ def gelu(x: Tensor, bias: Tensor, approximate: str = "tanh", out: Tensor | None 
     row stride such as columns of a wider buffer; None allocates. Source: Hendrycks & Gimpel 2016.
     """
     return GeluFunction.apply(out, x, bias, approximate)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Both forms, forward and backward, at every MLP width 4h."""
+    for dtype in ("bf16", "fp16"):
+        for size, h in SUITE.items():
+            for form in APPROXIMATE:
+                yield _case(f"{size} {form} forward {dtype}", _gelu_fwd_kernel, 4 * h, FORWARD)
+                yield _case(f"{size} {form} backward {dtype}", _gelu_bwd_kernel, 4 * h, BACKWARD)
+
+
+def _case(name: str, kernel, n: int, tile: Tile) -> AotCase:
+    _, form, _, dtype = name.split()
+    constexprs = {"N": n, "TANH": form == "tanh", "BLOCK_M": tile.rows, "BLOCK_N": min(BLOCK_N, n)}
+    if "STAGES" in kernel.arg_names:
+        constexprs["STAGES"] = tile.stages
+    types = {"partials": "*fp32", "M": "i32", "P": "i32"}
+    types |= {a: "i32" for a in kernel.arg_names if a.startswith("stride")}
+    types |= dict.fromkeys(constexprs, "constexpr")
+    return AotCase(
+        name=name,
+        kernel=kernel,
+        signature={a: types.get(a, f"*{dtype}") for a in kernel.arg_names},
+        constexprs=constexprs,
+        num_warps=tile.warps,
+        num_stages=3,
+        wide=tuple(a for a in ("x", "y", "dy", "dx") if a in kernel.arg_names),
+        not_aligned=("M", "P"),
+    )

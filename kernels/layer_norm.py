@@ -22,13 +22,17 @@ forward and 20 backward: both are bound by memory bandwidth, at every h.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pythia_fast.kernels.aot_case import AotCase
 from pythia_fast.kernels.checks import check, check_rows, check_vectors, grad_rows
 from pythia_fast.kernels.rows import (
+    SUITE,
     Tile,
     add_rows,
     column_blocks,
@@ -39,6 +43,7 @@ from pythia_fast.kernels.rows import (
     multiply_rows,
     padded,
     programs,
+    row_case,
     store_column_sums,
     store_rows,
     sum_partials,
@@ -52,7 +57,7 @@ FORWARD = {
     128: Tile(rows=16, warps=4),
     256: Tile(rows=8, warps=4),
     512: Tile(rows=4, warps=4),
-    768: Tile(rows=4, warps=4),
+    768: Tile(rows=1, warps=1),
     1024: Tile(rows=2, warps=4),
     2048: Tile(rows=1, warps=4),
     2560: Tile(rows=1, warps=2),
@@ -60,12 +65,12 @@ FORWARD = {
     5120: Tile(rows=1, warps=4),
 }
 BACKWARD = {
-    128: Tile(rows=8, warps=4, stages=3, per_sm=4),
-    256: Tile(rows=4, warps=4, stages=3, per_sm=4),
-    512: Tile(rows=2, warps=4, stages=3, per_sm=4),
-    768: Tile(rows=4, warps=4, stages=3, per_sm=2),
-    1024: Tile(rows=1, warps=4, stages=3, per_sm=4),
-    2048: Tile(rows=1, warps=4, stages=3, per_sm=2),
+    128: Tile(rows=16, warps=8, stages=3, per_sm=2),
+    256: Tile(rows=8, warps=8, stages=3, per_sm=2),
+    512: Tile(rows=4, warps=8, stages=3, per_sm=2),
+    768: Tile(rows=1, warps=2, stages=3, per_sm=4),
+    1024: Tile(rows=2, warps=8, stages=3, per_sm=2),
+    2048: Tile(rows=1, warps=8, stages=3, per_sm=2),
     2560: Tile(rows=1, warps=4, stages=3, per_sm=2),
     4096: Tile(rows=1, warps=8, stages=3, per_sm=1),
     5120: Tile(rows=1, warps=8, stages=3, per_sm=1),
@@ -357,3 +362,25 @@ def dual_layer_norm(
     norms in one backward pass. Arguments as in `layer_norm`.
     """
     return DualLayerNormFunction.apply(x, weight1, bias1, weight2, bias2, eps)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Both ops at every hidden size, and the backward of `parallel_residual_dual_layer_norm`."""
+    fwd, bwd = _layer_norm_fwd_kernel, _layer_norm_bwd_kernel
+    one, pair = ("w2", "b2", "y2", "dy2"), ()
+    variants = (
+        ("layer norm", (*one, "d_residual"), False),
+        ("dual", pair, False),
+        ("dual and bias", pair, True),
+    )
+    for dtype in ("bf16", "fp16"):
+        for size, h in SUITE.items():
+            tile, wide = tile_for(FORWARD, h), ("x", "y1", "y2")
+            yield row_case(f"{size} layer norm forward {dtype}", fwd, h, tile, wide, one)
+            yield row_case(f"{size} dual forward {dtype}", fwd, h, tile, wide, pair)
+            tile, wide = tile_for(BACKWARD, h), ("x", "d_residual", "dy1", "dy2", "dx")
+            if len(column_blocks(h)) > 1:
+                wide = ()  # the last block is 4 elements a thread; 8 would double the registers
+            for what, absent, sum_dx in variants:
+                name = f"{size} {what} backward {dtype}"
+                yield row_case(name, bwd, h, tile, wide, absent, SUM_DX=sum_dx)

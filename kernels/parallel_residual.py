@@ -19,20 +19,25 @@ About 5 FLOPs an element for the sum, 8 and 20 more for the norms: bound by memo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pythia_fast.kernels.aot_case import AotCase
 from pythia_fast.kernels.checks import check, check_rows, check_vectors, grad_rows
 from pythia_fast.kernels.layer_norm import layer_norm_bwd, row_statistics, store_norm
 from pythia_fast.kernels.rows import (
+    SUITE,
     Tile,
     add_rows,
     column_blocks,
     load_rows,
     load_vector,
     programs,
+    row_case,
     store_column_sums,
     store_rows,
     sum_partials,
@@ -45,7 +50,7 @@ FORWARD = {
     128: Tile(rows=16, warps=4),
     256: Tile(rows=8, warps=4),
     512: Tile(rows=4, warps=4),
-    768: Tile(rows=4, warps=4),
+    768: Tile(rows=1, warps=1),
     1024: Tile(rows=2, warps=4),
     2048: Tile(rows=1, warps=4),
     2560: Tile(rows=1, warps=2),
@@ -53,14 +58,14 @@ FORWARD = {
     5120: Tile(rows=1, warps=4),
 }
 COLUMN_SUM = {
-    128: Tile(rows=32, warps=4, stages=3, per_sm=4),
-    256: Tile(rows=16, warps=4, stages=3, per_sm=4),
-    512: Tile(rows=8, warps=4, stages=3, per_sm=4),
-    768: Tile(rows=4, warps=4, stages=3, per_sm=4),
-    1024: Tile(rows=4, warps=4, stages=3, per_sm=4),
-    2048: Tile(rows=2, warps=4, stages=3, per_sm=4),
+    128: Tile(rows=32, warps=4, stages=3, per_sm=2),
+    256: Tile(rows=16, warps=4, stages=3, per_sm=2),
+    512: Tile(rows=8, warps=4, stages=3, per_sm=2),
+    768: Tile(rows=4, warps=4, stages=3, per_sm=2),
+    1024: Tile(rows=4, warps=4, stages=3, per_sm=2),
+    2048: Tile(rows=2, warps=4, stages=3, per_sm=2),
     2560: Tile(rows=2, warps=4, stages=3, per_sm=2),
-    4096: Tile(rows=1, warps=4, stages=3, per_sm=4),
+    4096: Tile(rows=1, warps=4, stages=3, per_sm=2),
     5120: Tile(rows=1, warps=4, stages=3, per_sm=2),
 }
 
@@ -288,3 +293,16 @@ def parallel_residual_dual_layer_norm(
     return ParallelResidualDualLayerNormFunction.apply(
         x, attn, mlp, attn_bias, mlp_bias, weight1, bias1, weight2, bias2, eps
     )
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Both forwards and the column sum at every hidden size; the fused backward is LayerNorm's."""
+    fwd, bwd = _parallel_residual_fwd_kernel, _parallel_residual_bwd_kernel
+    norms = ("w1", "b1", "w2", "b2", "y1", "y2", "mean", "rstd")
+    wide = ("x", "attn", "mlp", "y", "y1", "y2")
+    for dtype in ("bf16", "fp16"):
+        for size, h in SUITE.items():
+            tile = tile_for(FORWARD, h)
+            yield row_case(f"{size} sum forward {dtype}", fwd, h, tile, wide, norms)
+            yield row_case(f"{size} sum and dual forward {dtype}", fwd, h, tile, wide)
+            yield row_case(f"{size} sum backward {dtype}", bwd, h, tile_for(COLUMN_SUM, h), ("dy",))

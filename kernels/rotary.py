@@ -22,17 +22,34 @@ that owns dqkv calls `rotary_bwd` and pays only the bytes above.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pythia_fast.kernels.aot_case import AotCase
 from pythia_fast.kernels.checks import check
 
 # By R/2: elements of x1 that a program holds (BLOCK_T · BLOCK_H · R/2, rounded up), and warps.
 TILE_SIZE = {4: 1024, 8: 1024, 10: 2048, 16: 1024, 32: 1024}
 WARPS = 4
 MAX_BLOCK_H = 8
+
+# (heads, head dim) of the suite, for ahead-of-time compilation
+SUITE = {
+    "14m": (4, 32),
+    "31m": (8, 32),
+    "70m": (8, 64),
+    "160m": (12, 64),
+    "410m": (16, 64),
+    "1b": (8, 256),
+    "1.4b": (16, 128),
+    "2.8b": (32, 80),
+    "6.9b": (32, 128),
+    "12b": (40, 128),
+}
 
 
 @triton.jit
@@ -194,3 +211,30 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if isinstance(qkv, Tensor) and qkv.is_leaf and qkv.requires_grad and torch.is_grad_enabled():
         raise ValueError("qkv: a leaf that requires grad cannot be rotated in place; pass a clone")
     return RotaryFunction.apply(qkv, cos, sin)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Forward and backward at every size, with fp32 tables."""
+    for dtype in ("bf16", "fp16"):
+        for size, (heads, d) in SUITE.items():
+            half = d // 8
+            block_t, block_h, block_r = blocks(heads, half)
+            shape = {"H": heads, "D": d, "HALF": half}
+            tile = {"BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_R": block_r}
+            pointers = {"qkv": f"*{dtype}", "cos": "*fp32", "sin": "*fp32"}
+            integers = ("T", "stride_b", "stride_t", "stride_cos", "stride_sin")
+            for what, conjugate in (("forward", False), ("backward", True)):
+                constexprs = shape | {"CONJUGATE": conjugate} | tile
+                yield AotCase(
+                    name=f"{size} {what} {dtype}",
+                    kernel=_rotary_kernel,
+                    signature=pointers
+                    | dict.fromkeys(integers, "i32")
+                    | dict.fromkeys(constexprs, "constexpr"),
+                    constexprs=constexprs,
+                    num_warps=WARPS,
+                    num_stages=3,
+                    # R/2 = 4 and 10 elements: 64 and 32 bits are all that is contiguous and aligned
+                    wide=("qkv",) if half % 8 == 0 else (),
+                    not_aligned=("T",) if half % 16 == 0 else ("T", "stride_cos", "stride_sin"),
+                )

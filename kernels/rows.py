@@ -19,6 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pythia_fast.kernels.aot_case import AotCase
+
+# the hidden sizes of the suite, for ahead-of-time compilation (1B and 1.4B share one)
+SUITE = {
+    "14m": 128,
+    "31m": 256,
+    "70m": 512,
+    "160m": 768,
+    "410m": 1024,
+    "1.4b": 2048,
+    "2.8b": 2560,
+    "6.9b": 4096,
+    "12b": 5120,
+}
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -161,11 +176,20 @@ def multiply_rows(b_a, b_b):
 
 @triton.jit
 def sum_rows(b_a):
-    """Sum of each row over all blocks, (ROWS,)."""
-    b_sum = tl.sum(b_a[0], axis=1)
+    """Sum of each row over all blocks, (ROWS,).
+
+    The sum of a single row is taken as a scalar: a tensor would carry the layout of one block to
+    the others, whose tiles would then be moved through shared memory.
+    """
+    if b_a[0].shape[0] == 1:
+        b_sum = tl.sum(b_a[0])
+        for i in tl.static_range(1, len(b_a)):
+            b_sum += tl.sum(b_a[i])
+        return tl.full((1,), b_sum, tl.float32)
+    b_sums = tl.sum(b_a[0], axis=1)
     for i in tl.static_range(1, len(b_a)):
-        b_sum += tl.sum(b_a[i], axis=1)
-    return b_sum
+        b_sums += tl.sum(b_a[i], axis=1)
+    return b_sums
 
 
 @triton.jit
@@ -201,3 +225,31 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
         num_warps=4,
     )
     return out
+
+
+def row_case(
+    name: str,
+    kernel: triton.runtime.JITFunction,
+    h: int,
+    tile: Tile,
+    wide: tuple[str, ...],
+    absent: tuple[str, ...] = (),
+    **constexprs: object,
+) -> AotCase:
+    """A launch of a row-wise kernel whose case name ends with its dtype; absent: None arguments."""
+    values = {"H": h, "ROWS": tile.rows, "WIDTHS": column_blocks(h), "STAGES": tile.stages}
+    values |= constexprs | dict.fromkeys(absent)
+    values = {n: values[n] for n in kernel.arg_names if n in values}
+    types = dict.fromkeys(("mean", "rstd", "partials"), "*fp32") | {"M": "i32", "eps": "fp32"}
+    types |= {n: "i32" for n in kernel.arg_names if n.startswith("stride")}
+    types |= dict.fromkeys(values, "constexpr")
+    return AotCase(
+        name=name,
+        kernel=kernel,
+        signature={n: types.get(n, f"*{name.split()[-1]}") for n in kernel.arg_names},
+        constexprs=values,
+        num_warps=tile.warps,
+        num_stages=3,
+        wide=tuple(n for n in wide if n not in absent),
+        not_aligned=("M",),
+    )
