@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; nothing more to say
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        return _fail(error, 2)
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -183,13 +185,15 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from pythia_fast.checkpoint import read_manifest
     from pythia_fast.hf import export
 
+    own = read_manifest(options.checkpoint)["config"]["data.tokenizer"]
     export(
         options.checkpoint,
         options.out,
         dtype=options.dtype,
-        tokenizer=options.tokenizer,
+        tokenizer=options.tokenizer or (Path(own) if own else None),
         hidden_act=options.hidden_act,
     )
     _print(options, [{"directory": str(options.out)}], f"exported to {options.out}")

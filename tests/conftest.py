@@ -10,7 +10,7 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # one worker a core: `make test` starts two
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,211 @@
+"""The command line: help, exit codes, one line for bad input, JSON lines on stdout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_run
+from corpus import write_pair
+from kernel_proof import REPOSITORY
+
+from pythia_fast import checkpoint
+from pythia_fast.cli import main
+
+COMMANDS = ["train", "data build", "data quickstart", "data join", "data view", "data digest",
+            "data verify", "import", "export", "generate", "doctor"]  # fmt: skip
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    """Runs a command that must fail; returns its one line on stderr."""
+    assert main([str(a) for a in arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line]
+    assert lines[-1].startswith("pythia-fast: "), err
+    assert "Traceback" not in err
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    from pythia_fast.config import load
+    from pythia_fast.train import train
+
+    directory = tmp_path_factory.mktemp("cli")
+    page = tiny_run.make_page(directory)
+    train(load(page, ["--train.steps", "10"]), directory / "run")
+    return page, directory / "run"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--help"])
+    assert ended.value.code == 0
+    assert f"example: pythia-fast {command}" in capsys.readouterr().out
+
+
+def test_help_needs_no_torch_and_starts_at_once() -> None:
+    code = "import sys; from pythia_fast.cli import main\n"
+    code += "try: main(['train', '--help'])\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'numpy', 'triton', 'rich') if m in sys.modules])"
+    began = time.perf_counter()
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert run.stdout.splitlines()[-1] == "[]", run.stdout
+    assert time.perf_counter() - began < 5  # 0.1 s alone; a loaded machine gets room
+
+
+BAD = [
+    (["train", "missing.toml"], "missing.toml: no such file"),
+    (["trian", "x.toml"], "invalid choice: 'trian'"),
+    (
+        ["train", "{page}", "--train.stepz", "1"],
+        "unknown key train.stepz; did you mean train.steps?",
+    ),
+    (["train", "{page}", "--steps", "1"], "unexpected --steps 1; did you mean --train.steps?"),
+    (["train", "{page}", "--train.steps", "many"], "expected a whole number"),
+    (["train", "{page}", "--data.prefix", "nowhere/document"], "nowhere/document"),
+    (
+        ["train", "{page}", "--data.order", "sequential", "--train.steps", "900"],
+        "the run needs 7200",
+    ),
+    (["train", "{page}", "--kernels.backend", "triton"], "needs a GPU"),
+    (["data", "view", "{page}", "--step", "5:5"], "--step 5:5: expected 0 <= A < B"),
+    (["data", "view", "{page}", "--step", "x"], "expected A or A:B"),
+    (["data", "view", "{page}", "--step", "40"], "not within the 40 steps"),
+    (["data", "digest", "{page}", "--against", "nowhere"], "no ledger there"),
+    (["data", "build", "nothing.txt", "--tokenizer", "t.json", "--out", "x"], "nothing.txt"),
+    (["doctor", "--train.steps", "1"], "takes no configuration keys"),
+    (["generate", "nowhere", "--prompt", "x"], "nowhere"),
+    (["export", "nowhere", "--out", "x"], "nowhere"),
+    (["import", "nowhere", "--run", "x"], "nowhere"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
+def test_bad_input_ends_with_one_line_and_code_2(
+    arguments: list[str], message: str, trained: tuple[Path, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    line = fails(capsys, *(a.format(page=trained[0]) for a in arguments))
+    assert message in line
+
+
+def test_truncated_bin_and_corrupt_idx_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tiny_run.make_page(tmp_path)
+    whole = (tmp_path / "train.bin").read_bytes()
+    (tmp_path / "train.bin").write_bytes(whole[:-10])
+    line = fails(capsys, "train", page, "--run", tmp_path / "run")
+    assert "train.bin" in line and str(len(whole)) in line and str(len(whole) - 10) in line
+    (tmp_path / "train.bin").write_bytes(whole)
+    index = bytearray((tmp_path / "train.idx").read_bytes())
+    index[0:9] = b"NOTANIDX!"
+    (tmp_path / "train.idx").write_bytes(index)
+    assert "train.idx" in fails(capsys, "train", page, "--run", tmp_path / "run")
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
+def test_view_digest_and_ledger_agree(
+    trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, run = trained
+    assert main(["data", "view", str(page), "--step", "2:4", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r["step"], r["row"]) for r in rows] == [
+        (s, 8 * s + i) for s in (2, 3) for i in range(8)
+    ]
+    assert all(len(r["tokens"]) == 17 and set(r) == {"step", "row", "tokens"} for r in rows)
+    # the ledger's digest, from the viewed tokens alone
+    import hashlib
+    import struct
+
+    ids = [t for r in rows if r["step"] == 2 for t in r["tokens"]]
+    expected = hashlib.sha256(struct.pack(f"<{len(ids)}I", *ids)).hexdigest()
+    assert tiny_run.rows(run / "ledger.jsonl")[2]["digest"] == expected
+    flags = ["--train.steps", "10", "--against", str(run), "--json"]
+    assert main(["data", "digest", str(page), *flags]) == 0
+    digests = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert digests == tiny_run.rows(run / "ledger.jsonl")
+
+
+def test_digest_against_a_ledger_of_other_data_fails(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tiny_run.make_page(tmp_path)
+    write_pair(tmp_path / "train", tiny_run.documents(300, seed=5))
+    code = main(["data", "digest", str(page), "--train.steps", "10", "--against", str(trained[1])])
+    assert code == 1
+    assert "the data of step 0 differs from its ledger" in capsys.readouterr().err
+
+
+def test_a_run_that_is_done_stays_done(
+    trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, run = trained
+    before = checkpoint.verify(checkpoint.directory(run, 10))
+    assert main(["train", str(page), "--train.steps", "10", "--run", str(run), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["step"] == 10 and Path(summary["loss_figure"]).read_bytes()[:4] == b"\x89PNG"
+    assert checkpoint.verify(checkpoint.directory(run, 10)) == before
+    assert len(tiny_run.rows(run / "metrics.jsonl")) == 10
+
+
+def test_doctor_names_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    rows = {row["what"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert rows["torch"]["ok"] and rows["python"]["ok"]
+    assert rows["GPU"]["found"]
+
+
+def test_generate_and_export_from_a_trained_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A whole small life: text, tokenizer, corpus, training, a continuation, an export."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pythia_fast.data.build import train_tokenizer
+
+    text = "def f(x):\n    return x + 1\n" * 400
+    (tmp_path / "corpus.txt").write_text(text)
+    tokenizer = tmp_path / "tokenizer.json"
+    train_tokenizer([text], 300, tokenizer)
+    assert main(["data", "build", str(tmp_path / "corpus.txt"), "--tokenizer", str(tokenizer),
+                 "--out", str(tmp_path / "doc" / "document"), "--workers", "1"]) == 0  # fmt: skip
+    page = tmp_path / "page.toml"
+    page.write_text(
+        tiny_run.PAGE.format(data=tmp_path)
+        .replace(f'valid_prefix = "{tmp_path}/valid"', f'tokenizer = "{tokenizer}"')
+        .replace(f"{tmp_path}/train", f"{tmp_path}/doc/document")
+        .replace("vocab_size = 64", "vocab_size = 304")
+        .replace("steps = 40", "steps = 30")
+    )
+    capsys.readouterr()
+    assert main(["train", str(page), "--run", str(tmp_path / "run"), "--log.sample", "def "]) == 0
+    assert "sample: 'def " in capsys.readouterr().out
+    step = tmp_path / "run" / "checkpoints" / "step30"
+    flags = ["--max-new-tokens", "8", "--json"]
+    assert main(["generate", str(step), "--prompt", "def f", "--prompt", "return", *flags]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [set(row) for row in rows] == [{"prompt", "tokens", "text"}] * 2
+    assert main(["export", str(step), "--out", str(tmp_path / "hf"), "--dtype", "fp32",
+                 "--hidden-act", "gelu_pytorch_tanh"]) == 0  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    coder = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for row in rows:
+        ids = coder(row["prompt"], return_tensors="pt").input_ids
+        new = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
+        assert row["tokens"] == new[: len(row["tokens"])]
+        assert coder.decode(row["tokens"]) == row["text"]
