@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pythia_fast.kernels.aot_case import AotCase
 from pythia_fast.kernels.checks import check, check_rows, check_vectors, grad_rows
@@ -121,7 +122,9 @@ def _gelu_bwd_kernel(
     tl.store(partials + i_p * N + o_n, tl.sum(b_sum, axis=0), mask=m_n)
 
 
-def gelu_fwd(x: Tensor, bias: Tensor, approximate: str = "tanh", out: Tensor | None = None):
+def gelu_fwd(
+    x: Tensor, bias: Tensor, approximate: str = "tanh", out: Tensor | None = None
+) -> Tensor:
     """gelu(x + bias) in x's shape and dtype, written to out where given.
 
     x, out (..., n) with rows at one stride; bias (n,). Raises ValueError, TypeError.
@@ -222,6 +225,7 @@ class GeluFunction(torch.autograd.Function):
         return gelu_fwd(x, bias, approximate, out)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         return None, *gelu_bwd(*ctx.saved_tensors, dy, ctx.approximate), None
 

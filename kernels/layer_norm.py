@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pythia_fast.kernels.aot_case import AotCase
 from pythia_fast.kernels.checks import check, check_rows, check_vectors, grad_rows
@@ -322,6 +323,7 @@ class LayerNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         dx, (dw, db) = layer_norm_bwd(x, None, (dy,), (weight,), mean, rstd)
@@ -338,6 +340,7 @@ class DualLayerNormFunction(torch.autograd.Function):
         return x, y1, y2
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_residual, dy1, dy2):
         x, w1, w2, mean, rstd = ctx.saved_tensors
         dx, sums = layer_norm_bwd(x, d_residual, (dy1, dy2), (w1, w2), mean, rstd)

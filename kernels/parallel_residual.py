@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pythia_fast.kernels.aot_case import AotCase
 from pythia_fast.kernels.checks import check, check_rows, check_vectors, grad_rows
@@ -243,6 +244,7 @@ class ParallelResidualFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         d_bias = parallel_residual_bwd(dy, ctx.bias_dtype)
         return dy, dy, dy, d_bias, d_bias
@@ -259,6 +261,7 @@ class ParallelResidualDualLayerNormFunction(torch.autograd.Function):
         return y, y1, y2
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dy1, dy2):
         y, w1, w2, mean, rstd = ctx.saved_tensors
         dx, sums = layer_norm_bwd(y, dy, (dy1, dy2), (w1, w2), mean, rstd, sum_dx=True)

@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pythia_fast.kernels.aot_case import AotCase
 from pythia_fast.kernels.checks import check
@@ -196,6 +197,7 @@ class RotaryFunction(torch.autograd.Function):
         return rotary_fwd(qkv, cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dqkv):
         own = dqkv.clone(memory_format=torch.contiguous_format)
         return rotary_bwd(own, *ctx.saved_tensors), None, None

@@ -12,7 +12,6 @@ from kernel_proof import REPOSITORY
 from op_proof import DEVICE
 
 from pythia_fast.kernels.checks import check, check_rows, check_vectors, grad_rows
-from pythia_fast.kernels.rows import column_blocks
 
 
 def test_check_accepts_what_it_describes() -> None:
@@ -80,21 +79,6 @@ def test_grad_rows_copies_only_what_it_must() -> None:
     assert torch.equal(grad_rows(turned, "dy", like), turned.reshape(6, 4))
     with pytest.raises(ValueError, match="dy: shape"):
         grad_rows(grad[:1], "dy", like)
-
-
-@pytest.mark.parametrize("columns", [1, 2, 96, 128, 768, 1000, 2560, 4096, 5120])
-def test_column_blocks_cover_a_row(columns: int) -> None:
-    """Powers of two, at most two of them, and never more than twice the row's length."""
-    widths = column_blocks(columns)
-    assert all(w & (w - 1) == 0 for w in widths)
-    assert len(widths) <= 2
-    assert columns <= sum(widths) < 2 * columns or columns == sum(widths) == 1
-    assert len(widths) == 1 or widths[0] < columns
-
-
-@pytest.mark.parametrize("h,widths", [(768, (512, 256)), (2560, (2048, 512)), (5120, (4096, 1024))])
-def test_hidden_sizes_waste_no_lane(h: int, widths: tuple[int, ...]) -> None:
-    assert column_blocks(h) == widths
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="for a machine without a GPU")

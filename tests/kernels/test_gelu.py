@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_proof import Mutant, assert_killed
-from op_proof import DEVICE, DTYPES, normal, outputs_and_grads, prove, wide_slice
+from op_proof import DEVICE, DTYPES, far_rows, normal, outputs_and_grads, prove, wide_slice
 
 from pythia_fast.kernels import gelu as kernels
 from pythia_fast.kernels import reference
@@ -137,6 +137,14 @@ def test_backward_takes_a_slice_and_gives_contiguous() -> None:
     assert dx.is_contiguous()
     assert torch.equal(dx, again[0])
     assert torch.equal(d_bias, again[1])
+
+
+def test_offsets_beyond_32_bits() -> None:
+    (x, bias), (dy,) = inputs(3, 96, torch.float16)
+    out = kernels.gelu_fwd(x, bias, out=far_rows(torch.zeros_like(x)))
+    assert torch.equal(out, kernels.gelu_fwd(far_rows(x), bias))
+    near, far = kernels.gelu_bwd(x, bias, dy), kernels.gelu_bwd(far_rows(x), bias, far_rows(dy))
+    assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
 
 
 def test_two_runs_are_equal_bit_for_bit() -> None:

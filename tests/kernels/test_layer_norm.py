@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_proof import Mutant, assert_killed
-from op_proof import DEVICE, DTYPES, normal, outputs_and_grads, prove, wide_slice
+from op_proof import DEVICE, DTYPES, far_rows, normal, outputs_and_grads, prove, wide_slice
 
 from pythia_fast.kernels import layer_norm as kernels
 from pythia_fast.kernels import reference
@@ -144,6 +144,13 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
     first = outputs_and_grads(kernels.dual_layer_norm, args, cotangents)
     second = outputs_and_grads(kernels.dual_layer_norm, args, cotangents)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_offsets_beyond_32_bits() -> None:
+    args, cotangents = single_inputs(3, 96, torch.float16)
+    near = outputs_and_grads(kernels.layer_norm, args, cotangents)
+    far = outputs_and_grads(kernels.layer_norm, (far_rows(args[0]), *args[1:]), cotangents)
+    assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
 
 
 def test_statistics_are_fp32_and_a_constant_row_is_its_bias() -> None:

@@ -12,7 +12,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_proof import Mutant, assert_killed
-from op_proof import DEVICE, DTYPES, normal, prove
+from op_proof import DEVICE, DTYPES, far_rows, normal, prove
 from torch import Tensor
 
 from pythia_fast.kernels import reference
@@ -172,6 +172,12 @@ def test_autograd_sees_the_write() -> None:
     kernels.rotary(x, cos, sin)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_offsets_beyond_32_bits() -> None:
+    qkv, cos, sin, _ = inputs(1, 3, 2, 64, torch.float16)
+    far = far_rows(qkv.view(3, 384)).view(1, 3, 2, 192)
+    assert torch.equal(kernels.rotary_fwd(far, cos, sin), kernels.rotary_fwd(qkv, cos, sin))
 
 
 def test_two_runs_are_equal_bit_for_bit() -> None:

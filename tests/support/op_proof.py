@@ -61,3 +61,16 @@ def prove(
     for i, (a, s, e) in enumerate(zip(actual, same, exact, strict=True)):
         assert a.dtype == s.dtype, f"result {i}: {a.dtype}, expected {s.dtype}"
         assert_close(a, s, e, f"result {i} of {len(cotangents)} outputs and {len(args)} gradients")
+
+
+def far_rows(rows: Tensor) -> Tensor:
+    """rows (3, n) at a row stride of 2³⁰ elements, so that the last lies 2³¹ elements in.
+
+    Memory that nobody touches costs nothing on a CPU; skips where even the address space is short.
+    """
+    try:
+        buffer = torch.empty(2**31 + rows.shape[1], dtype=rows.dtype, device=rows.device)
+    except RuntimeError:
+        pytest.skip("needs 4 GiB of address space")
+    view = buffer.as_strided(rows.shape, (2**30, 1))
+    return view.copy_(rows)
