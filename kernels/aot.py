@@ -95,9 +95,9 @@ def _case_names(module: str) -> list[str]:
 
 
 def _report(job: Job) -> dict[str, Any]:
-    cases = importlib.import_module(job.module).aot_cases()
-    case = next(c for c in cases if c.name == job.case)
     try:
+        cases = importlib.import_module(job.module).aot_cases()
+        case = next(c for c in cases if c.name == job.case)
         row = _identity(job, case) | compile_case(case, job.arch)
     except Exception as error:  # a compiler's error is a row of the report
         message = (str(error).strip() or "no message").splitlines()[-1]
@@ -210,6 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON line a case on stdout")
     parser.add_argument("--workers", type=int, default=2, help="compiling processes (default 2)")
     arguments = parser.parse_args(argv)
+    if arguments.workers < 1:
+        parser.error("--workers: at least 1")
 
     rows = []
     for row in compile_all(
@@ -223,7 +225,9 @@ def main(argv: list[str] | None = None) -> int:
     if not rows:
         print(f"no case contains {arguments.only!r}", file=sys.stderr)
         return 2
-    rows.sort(key=lambda r: (r["module"], r["kernel"] or "", r["case"], r["arch"]))
+    rows.sort(
+        key=lambda r: (r["module"], r["kernel"] or "", r["case"], ARCHITECTURES.index(r["arch"]))
+    )
     if not arguments.json:
         _print_table(rows)
     broken = [(row, line) for row in rows for line in row["violations"]]
@@ -237,9 +241,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(caption="cycles: one block, one iteration of the hot loop (or one pass: *)")
-    for title in ("kernel", "case", "arch"):
+    for title in ("kernel", "case", "arch", "matrix", "accesses"):
         table.add_column(title, overflow="fold")
-    for title in ("regs", "spill", "shared", "matrix", "accesses", "bytes", "issue", "bound"):
+    for title in ("regs", "spill", "shared", "bytes", "issue", "bound"):
         table.add_column(title, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*_cells(row))
@@ -249,21 +253,24 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 def _cells(row: dict[str, Any]) -> list[str]:
     first = [row["kernel"] or row["module"], row["case"], row["arch"]]
     if "error" in row:
-        return [*first, "", "", "", "", row["error"]]
+        return [*first, "", row["error"]]
     accesses = "\n".join(
         f"{pointer} {' '.join(f'{n}x{a}' for a, n in counts.items())}"
         for pointer, counts in row["accesses"].items()
     )
     resources = [str(row[k]) for k in ("registers", "spill_bytes", "shared_bytes")]
+    cells = [*first, row["matrix"] or "-", accesses, *resources]
     loop = row["hot_loop"]
     if loop is None:
-        return [*first, *resources, row["matrix"] or "-", accesses, "", "not available", ""]
+        return [*cells, "", "not available", ""]
     once = "" if loop["loop"] else "*"
-    bound = f"{loop['bound']:.0f}{once} {loop['bound_by']}"
     issue = f"{loop['cycles']['issue']:.0f}{once}"
     return [
-        *first, *resources, row["matrix"] or "-", accesses, str(loop["global_bytes"]), issue, bound
-    ]  # fmt: skip
+        *cells,
+        str(loop["global_bytes"]),
+        issue,
+        f"{loop['bound']:.0f}{once} {loop['bound_by']}",
+    ]
 
 
 if __name__ == "__main__":
