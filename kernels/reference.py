@@ -140,7 +140,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, scale: float | None = None) -
     """
     scale = 1.0 / max(targets.numel(), 1) if scale is None else scale
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide, targets, reduction="sum") * scale
+    nothing = torch.iinfo(torch.int64).min  # torch ignores −100, which is an id out of range here
+    return F.cross_entropy(wide, targets, ignore_index=nothing, reduction="sum") * scale
 
 
 def cross_entropy_stats(
@@ -191,7 +192,8 @@ def linear_cross_entropy(
     x (M, h), weight (V, h), targets (M,). chunk_rows bounds the logits that exist at once; None
     takes all M. weight_grad: (V, h) fp32; where given, a kernel *adds* the weight gradient there
     in fp32 and autograd gives weight none. The reference materialises everything and lets autograd
-    work, so it takes weight_grad=None only.
+    work, so it takes weight_grad=None only. A kernel computes the gradients of x and weight along
+    with the loss, before the gradient of the loss is known: with weight_grad, that must be 1.
     """
     if weight_grad is not None:
         raise ValueError("weight_grad: the reference leaves the weight gradient to autograd")
@@ -248,3 +250,29 @@ def adamw_(
     master.sub_(lr * update)
     if weight is not None:
         weight.copy_(master)
+
+
+def adamw_list_(
+    weights: list[Tensor] | None,
+    masters: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grads: list[Tensor],
+    decays: list[bool],
+    lr: Tensor,
+    step: Tensor,
+    grad_scale: Tensor,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+) -> None:
+    """`adamw_` over tensors that do not share a buffer: one step of each, in place.
+
+    The lists are of equal length, entry i of one shape; dtypes as in `adamw_`, one for all weights
+    and one for all gradients. decays[i]: whether weight decay applies to tensor i.
+    """
+    for i, decay in enumerate(decays):
+        weight = None if weights is None else weights[i].view(-1)
+        state = (t[i].view(-1) for t in (masters, exp_avgs, exp_avg_sqs, grads))
+        until = masters[i].numel() if decay else 0
+        adamw_(weight, *state, until, lr, step, grad_scale, betas, eps, weight_decay)
