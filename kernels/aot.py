@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of every kernel, without a GPU, and what it says about each.
 
-    python -m pythia_fast.kernels.aot [--arch sm_90 ...] [--only NAME] [--json] [--workers 2]
+    python -m pythia_fast.kernels.aot [--arch sm_90 ...] [--only NAME] [--every N] [--json]
 
 Compiles each case of each kernel file (`aot_cases()`) to a cubin and reports registers, spills,
 shared memory, the matrix instruction, the width of every pointer's global accesses and the static
@@ -57,11 +57,14 @@ def compile_all(
     modules: Iterable[str],
     architectures: Iterable[str] = ARCHITECTURES,
     only: str = "",
+    every: int = 1,
     workers: int = 2,
 ) -> Iterator[dict[str, Any]]:
     """Report rows as they are ready, from processes that import the kernels uninterpreted.
 
-    only: a part of "module: case name". A row that failed has "error"; every row has "violations".
+    only: a part of "module: case name". every: of all compilations (architecture runs fastest) take
+    one in so many, the first included; a sample that crosses cases and architectures where `every`
+    shares no factor with either. A row that failed has "error"; every row has "violations".
     """
     architectures = tuple(architectures)
     with ProcessPoolExecutor(workers, get_context("spawn"), _uninterpreted) as pool:
@@ -73,7 +76,9 @@ def compile_all(
             if only in f"{module.rpartition('.')[2]}: {name}"
             for arch in architectures
         ]
-        pending: dict[Future[dict[str, Any]], Job] = {pool.submit(_report, j): j for j in jobs}
+        pending: dict[Future[dict[str, Any]], Job] = {
+            pool.submit(_report, job): job for job in jobs[::every]
+        }
         for future in as_completed(pending):
             try:
                 yield future.result()
@@ -145,7 +150,7 @@ def compile_case(case: AotCase, arch: str) -> dict[str, Any]:
         options={"num_warps": case.num_warps, "num_stages": case.num_stages},
     )
     ptx = compiled.asm["ptx"]
-    sass = _tool("nvdisasm", "-c", cubin=compiled.asm["cubin"])
+    sass = _tool("nvdisasm", "-c", "-ndf", cubin=compiled.asm["cubin"])
     usage = _tool("cuobjdump", "--dump-resource-usage", cubin=compiled.asm["cubin"]) or ""
     resources = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return {
@@ -161,7 +166,7 @@ def compile_case(case: AotCase, arch: str) -> dict[str, Any]:
     }
 
 
-def _tool(name: str, option: str, cubin: bytes) -> str | None:
+def _tool(name: str, *options: str, cubin: bytes) -> str | None:
     """What a tool of the Triton wheel prints about a cubin; None where it cannot read it."""
     import triton
 
@@ -170,7 +175,7 @@ def _tool(name: str, option: str, cubin: bytes) -> str | None:
         file.write(cubin)
         file.flush()
         try:
-            done = subprocess.run([path, option, file.name], capture_output=True, text=True)
+            done = subprocess.run([path, *options, file.name], capture_output=True, text=True)
         except OSError:
             return None
     return done.stdout if done.returncode == 0 else None
@@ -207,15 +212,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--only", default="", help="cases whose 'file: name' contains this text")
+    parser.add_argument("--every", type=int, default=1, help="compile one in so many (a sample)")
     parser.add_argument("--json", action="store_true", help="one JSON line a case on stdout")
     parser.add_argument("--workers", type=int, default=2, help="compiling processes (default 2)")
     arguments = parser.parse_args(argv)
-    if arguments.workers < 1:
-        parser.error("--workers: at least 1")
+    if arguments.workers < 1 or arguments.every < 1:
+        parser.error("--workers and --every: at least 1")
 
     rows = []
     for row in compile_all(
-        kernel_modules(), arguments.arch, only=arguments.only, workers=arguments.workers
+        kernel_modules(),
+        arguments.arch,
+        only=arguments.only,
+        every=arguments.every,
+        workers=arguments.workers,
     ):
         rows.append(row)
         if arguments.json:

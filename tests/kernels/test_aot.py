@@ -183,8 +183,23 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert aot.main(["--only", "nothing of this name", "--workers", "1"]) == 2
 
 
+def test_sample_crosses_cases_and_architectures() -> None:
+    rows = list(aot.compile_all(["aot_faults"], only="o", every=7, workers=1))
+    names = ["good copy", "good matmul", "narrow load", "no such pointer"]
+    assert {r["arch"] for r in rows} == set(aot.ARCHITECTURES)
+    assert {r["case"] for r in rows} >= {names[0], names[2]} and len(rows) < 6
+
+
 def test_every_kernel_file_with_cases_is_found() -> None:
     directory = Path(aot.__file__).parent
     for module in aot.kernel_modules():
         assert (directory / f"{module.rpartition('.')[2]}.py").exists()
     assert f"{aot.PACKAGE}.aot" not in aot.kernel_modules()
+
+
+@pytest.mark.parametrize("module", aot.kernel_modules())
+def test_sample_of_the_kernels(module: str) -> None:
+    """One compilation in 41 of each file (41 is prime, so architectures and dtypes take turns)."""
+    rows = list(aot.compile_all([module], every=41, workers=1))
+    assert rows
+    assert not [(row["case"], row["arch"], row["violations"]) for row in rows if row["violations"]]
