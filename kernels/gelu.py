@@ -2,22 +2,23 @@
 
     u = x + bias       y = u·Φ(u)
     tanh: Φ = ½(1 + tanh(z/2)) = 1/(1 + e⁻ᶻ)     z = 2√(2/π)·(u + 0.044715·u³)
-    none: Φ = ½(1 + erf(u/√2))
+    none: Φ = ½(1 + erf(u/√2))                   erf by Abramowitz & Stegun 7.1.26, within 1.5e-7
 
-    dx = dy·(Φ + u·Φ')       tanh: Φ' = Φ·(1 − Φ)·dz/du       none: Φ' = e^(−u²/2)/√(2π)
+    dx = dy·(Φ + u·Φ')       tanh: Φ' = Φ·(Φ·e⁻ᶻ)·dz/du       none: Φ' = e^(−u²/2)/√(2π)
     d bias = Σ_rows dx       summed before dx is rounded
 
-Saved: x and bias as they came. Arithmetic is fp32; the tanh form goes by e^−|z|, which neither
-overflows nor cancels: Φ·(1 − Φ) = e^−|z| / (1 + e^−|z|)².
+Saved: x and bias as they came. Arithmetic is fp32. Both forms take one 2ˣ and one reciprocal root
+an element, and share them between Φ and Φ'; Φ·e⁻ᶻ stands for 1 − Φ, which would cancel.
 
 The forward may write into columns of a wider buffer, for example [ctx | gelu] of row stride 5h. In
 the backward a program owns BLOCK_N columns and walks every P-th tile of rows, keeps its column sum
 in registers and writes it once, (P, n) fp32; a second launch adds the P partials in a fixed order.
 
 Bytes for M rows of n 16-bit elements (e = 2), bias left out: forward 2·e·M·n, backward 3·e·M·n
-and 8·P·n for the partials. About 10 FLOPs and 2 special-function results (exp, reciprocal) an
-element forward, 20 and 2 backward: bound by memory bandwidth (the tanh form would need 56 % of an
-H200's special-function rate at 4.3 TB/s).
+and 8·P·n for the partials. About 10 (tanh) and 17 (none) FLOPs an element forward, 17 and 23
+backward, and 2 special-function results: bound by memory bandwidth, but not by much. Compiled for
+sm_90 the forward issues 54 % (tanh) and 74 % (none) of the instructions that an H200 can issue
+while it moves those bytes at 4.3 TB/s and 1.83 GHz, the backward 63 % and 65 %.
 """
 
 from __future__ import annotations
@@ -43,17 +44,27 @@ APPROXIMATE = ("tanh", "none")
 
 @triton.jit
 def gelu_cdf(b_u, TANH: tl.constexpr):
-    """(Φ(u), Φ'(u)): the normal distribution function, or its tanh form, and the derivative."""
+    """(Φ(u), Φ'(u)): the normal distribution function, or its tanh form, and the derivative.
+
+    1/d is taken as rsqrt(d)², one special-function result without a division's range checks.
+    """
+    b_u2 = b_u * b_u
     if TANH:
-        # z = u·(c₁ + c₃u²), c₁ = 2√(2/π), c₃ = 0.044715·c₁; e^−|z| never overflows
-        b_z = b_u * (1.5957691216057308 + 0.07135481627260025 * b_u * b_u)
-        b_e = tl.exp(-tl.abs(b_z))
-        b_r = 1 / (1 + b_e)
-        b_cdf = tl.where(b_z < 0, b_e * b_r, b_r)
-        b_pdf = b_e * b_r * b_r * (1.5957691216057308 + 0.21406444881780076 * b_u * b_u)
+        # e⁻ᶻ = 2^(−z·log₂e), z = u·(c₁ + c₃u²), c₁ = 2√(2/π), c₃ = 0.044715·c₁; at most 2¹²⁶
+        b_e = tl.exp2(tl.minimum(-b_u * (2.302208198 + 0.1029432397 * b_u2), 126.0))
+        b_root = tl.rsqrt(1.0 + b_e)
+        b_cdf = b_root * b_root
+        b_pdf = b_cdf * (b_cdf * b_e) * (1.5957691216 + 0.2140644488 * b_u2)
     else:
-        b_cdf = 0.5 * (1 + tl.erf(b_u * 0.7071067811865476))
-        b_pdf = 0.3989422804014327 * tl.exp(-0.5 * b_u * b_u)
+        # ½·erfc(x) = t·(a₁ + a₂t + ... + a₅t⁴)·e^(−x²)/2, t = 1/(1 + p·x), x = |u|/√2
+        b_root = tl.rsqrt(1.0 + 0.2316418882 * tl.abs(b_u))
+        b_t = b_root * b_root
+        b_e = tl.exp2(-0.7213475204 * b_u2)
+        b_p = 0.7107068705 + b_t * (-0.7265760135 + b_t * 0.5307027145)
+        b_p = b_t * (0.127414796 + b_t * (-0.142248368 + b_t * b_p))
+        b_tail = b_p * b_e
+        b_cdf = tl.where(b_u < 0, b_tail, 1.0 - b_tail)
+        b_pdf = 0.3989422804 * b_e
     return b_cdf, b_pdf
 
 
