@@ -137,7 +137,8 @@ def compile_case(case: AotCase, arch: str) -> dict[str, Any]:
 
     from .assembly import global_accesses, hot_loop_report, matrix_instruction, tcgen05_flops
 
-    arguments = [name for name, kind in case.signature.items() if kind != "constexpr"]
+    parameters = [item for item in case.signature.items() if item[1] != "constexpr"]
+    pointers = {i: name for i, (name, kind) in enumerate(parameters) if kind.startswith("*")}
     aligned = {
         (position,): [["tt.divisibility", 16]]
         for position, (name, kind) in enumerate(case.signature.items())
@@ -159,7 +160,7 @@ def compile_case(case: AotCase, arch: str) -> dict[str, Any]:
         "spill_bytes": max(resources["STACK"], resources["LOCAL"]) if resources else None,
         "shared_bytes": compiled.metadata.shared,
         "matrix": matrix_instruction(ptx),
-        "accesses": global_accesses(ptx, arguments),
+        "accesses": global_accesses(ptx, pointers),
         "hot_loop": hot_loop_report(sass, number, case.num_warps, tcgen05_flops(ptx))
         if sass
         else None,

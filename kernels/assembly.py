@@ -30,11 +30,11 @@ def matrix_instruction(ptx: str) -> str | None:
     return next((name for name, pattern in _MATRIX.items() if pattern.search(ptx)), None)
 
 
-def global_accesses(ptx: str, arguments: list[str]) -> dict[str, dict[str, int]]:
+def global_accesses(ptx: str, pointers: dict[int, str]) -> dict[str, dict[str, int]]:
     """Per pointer argument, how many accesses of each width, as {"x": {"ld128": 4, "st16": 1}}.
 
-    arguments: the kernel's runtime arguments in order. The pointer of an access is found by walking
-    its address back through 64-bit registers to the parameters; "?" where none is reached.
+    pointers: the pointers among the kernel's parameters, by position. That of an access is found by
+    walking its address back through 64-bit registers to the parameters; "?" where none is reached.
     """
     sources: dict[str, set[str]] = defaultdict(set)  # 64-bit register -> registers or "param:i"
     accesses: list[tuple[str, int, str]] = []
@@ -57,7 +57,7 @@ def global_accesses(ptx: str, arguments: list[str]) -> dict[str, dict[str, int]]
             sources[written].update(read)
     widths: dict[str, Counter[str]] = defaultdict(Counter)
     for kind, bits, register in accesses:
-        widths[_pointer(register, sources, arguments)][f"{kind}{bits}"] += 1
+        widths[_pointer(register, sources, pointers)][f"{kind}{bits}"] += 1
     return {name: dict(counts) for name, counts in sorted(widths.items())}
 
 
@@ -69,14 +69,14 @@ def _bits(modifiers: str) -> int:
     return width * (int(lanes[1]) if lanes else 1)
 
 
-def _pointer(register: str, sources: dict[str, set[str]], arguments: list[str]) -> str:
+def _pointer(register: str, sources: dict[str, set[str]], pointers: dict[int, str]) -> str:
     seen, found, stack = set(), set(), [register]
     while stack:
         node = stack.pop()
         if node.startswith("param:"):
-            index = int(node.removeprefix("param:"))
-            if index < len(arguments):
-                found.add(arguments[index])
+            position = int(node.removeprefix("param:"))
+            if position in pointers:  # not an integer that is part of the address
+                found.add(pointers[position])
         elif node not in seen:
             seen.add(node)
             stack.extend(sources.get(node, ()))

@@ -76,6 +76,7 @@ PTX = """
 	ld.param.b64 	%rd1, [k_param_0];
 	ld.param.b64 	%rd2, [k_param_1];
 	ld.param.b64 	%rd3, [k_param_2];
+	ld.param.s32 	%rd9, [k_param_3];
 	add.s64 	%rd4, %rd1, %rd9;
 	mov.b64 	%rd5, %rd4;
 	@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd5 + 0 ];
@@ -92,7 +93,7 @@ PTX = """
 
 def check_accesses(module: ModuleType) -> None:
     """An access belongs to the pointer its address comes from, not to a loaded index."""
-    assert module.global_accesses(PTX, ["x", "y", "index"]) == {
+    assert module.global_accesses(PTX, {0: "x", 1: "y", 2: "index"}) == {
         "x": {"ld128": 3},
         "y": {"st16": 1, "atom32": 1},
         "index": {"ld64": 1},
@@ -140,6 +141,7 @@ def check_hot_loop(module: ModuleType) -> None:
 FILE = "kernels/assembly.py"
 MUTANTS = [
     Mutant("loads pass their address on", FILE, '("ld.", "st.")', '("st.",)'),
+    Mutant("integers taken for pointers", FILE, "if position in pointers:", "if True:"),
     Mutant("width without its lanes", FILE, "(int(lanes[1]) if lanes else 1)", "1"),
     Mutant("asynchronous copies in bits", FILE, "8 * int(copied[2], 0)", "int(copied[2], 0)"),
     Mutant("predicates end nothing", FILE, "conditional or not ends", "not ends"),
