@@ -293,9 +293,11 @@ def import_checkpoint(directory: Path, run_dir: Path) -> Path:
     extra = {"config": flatten(config), "config_digest": config.digest, "tokens": 0}
     weights = {f"model.{name}": tensor.float() for name, tensor in tensors.items()}
     with checkpoint.RunLock(run_dir):
-        path = checkpoint.save(run_dir, 0, weights, extra, permanent=True)
-        (run_dir / "config.toml").write_text(to_toml(config))
-    return path
+        page = run_dir / "config.toml"
+        if page.exists() or checkpoint.steps(run_dir):
+            raise InputError(f"{run_dir} holds a run already")
+        page.write_text(to_toml(config))
+        return checkpoint.save(run_dir, 0, weights, extra, permanent=True)
 
 
 def _read_hf_config(directory: Path) -> dict[str, Any]:

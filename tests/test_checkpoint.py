@@ -675,6 +675,29 @@ def test_everything_is_on_disk_before_it_is_published(
     assert ("fsync", tmp_path.name) in events[:published], "the new directory checkpoints/"
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("self._disk.attempt(lambda: os.fsync(fd))", "pass"),
+        ("self._disk.attempt(lambda: _write_all(self._fd, view))", "pass"),
+    ],
+)
+def test_sync_mutants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    def check(module: ModuleType) -> None:
+        directory = tmp_path / f"{module.__name__}"
+        directory.mkdir()
+        with monkeypatch.context() as patch:
+            events = Journal(patch).events
+            module.write_tensors(directory, contents(1))
+        assert events[-2:] == [("close", ".metadata.tmp"), ("rename", ".metadata")]
+        for name in (".metadata.tmp", "__0_0.distcp"):
+            mine = [event for event, file in events if file == name]
+            assert mine[-3:] == ["write", "fsync", "close"], name
+
+    check(storage)
+    assert_killed(Mutant(old, "pythia_fast/storage.py", old, new), check, tmp_path)
+
+
 # --- retention ------------------------------------------------------------------------------------
 
 

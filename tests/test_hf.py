@@ -25,6 +25,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from pythia_fast import checkpoint, hf
 from pythia_fast.config import Config, flatten, load, resolve
 from pythia_fast.errors import CheckError, InputError
+from pythia_fast.model import Pythia, materialise
 
 CONFIG = resolve(
     {
@@ -219,6 +220,23 @@ def test_the_activation_is_the_one_asked_for(tmp_path: Path, act: hf.HiddenAct) 
     assert keys["model.activation"] == {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}[act]
 
 
+def test_a_model_of_this_package_computes_the_same_in_transformers(tmp_path: Path) -> None:
+    ours = Pythia(CONFIG.model)
+    materialise(ours, "cpu", torch.float32)
+    with torch.no_grad():
+        for (name, parameter), value in zip(
+            ours.named_parameters(), state(oracle()).values(), strict=True
+        ):
+            assert parameter.shape == value.shape, name
+            parameter.copy_(value)
+    path = make_checkpoint(tmp_path / "run", ours.state_dict())
+    out = hf.export(path, tmp_path / "out", "fp32", hidden_act="gelu_pytorch_tanh")
+    theirs = GPTNeoXForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    tokens = expected_logits(theirs)["tokens"]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=2e-5, rtol=1e-5)
+
+
 def test_config_json_is_the_published_one(tmp_path: Path) -> None:
     """Of pythia-70m, key by key; written by hand from the file on the Hub."""
     published = {
@@ -271,7 +289,9 @@ def test_fp32_round_trip_is_bit_exact(tmp_path: Path, max_shard_bytes: int) -> N
     loaded = checkpoint.load_all(again)
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
-    assert (tmp_path / "again").joinpath("checkpoints", "step0").is_dir()
+    assert again == tmp_path / "again" / "checkpoints" / "step0"
+    with pytest.raises(InputError, match="again holds a run already"):
+        hf.import_checkpoint(out, tmp_path / "again")
     page = load(tmp_path / "again" / "config.toml")
     want = {**flatten(CONFIG), "model.activation": "gelu"}
     assert flatten(page) == want
@@ -424,6 +444,7 @@ class Calling:
         return os.mkdir, ("executed",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_files_that_can_not_be_read_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,6 +542,26 @@ def test_a_value_beyond_fp16_is_named(tmp_path: Path) -> None:
     hf.export(path, tmp_path / "out", "bf16")
     tensors[QKV][3, 4] = 65504.0
     hf.export(make_checkpoint(tmp_path / "run2", tensors), tmp_path / "out2", "fp16")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("(converted.isinf() & ~tensor.isinf()).any()", "False"),
+        ("(converted.isinf() & ~tensor.isinf()).any()", "tensor.abs().max() > 65520"),
+    ],
+)
+def test_overflow_mutants(tmp_path: Path, old: str, new: str) -> None:
+    def check(module: ModuleType) -> None:
+        module._convert("w", torch.tensor([65504.0, -float("inf")]), torch.half)
+        try:
+            module._convert("w", torch.tensor([0.0, 65520.0]), torch.half)
+        except InputError:
+            return
+        raise AssertionError("written as inf")
+
+    check(hf)
+    assert_killed(Mutant(new, "pythia_fast/hf.py", old, new), check, tmp_path)
 
 
 def test_bad_exports_are_refused(tmp_path: Path, tiny_tokenizer: Path) -> None:
