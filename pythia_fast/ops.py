@@ -55,4 +55,19 @@ def select(backend: str, device: torch.device) -> Ops:
 
 
 def _triton() -> Ops:
-    raise InputError("kernels.backend = 'triton': the kernels are not there yet")
+    from pythia_fast.kernels import adam, cross_entropy, gelu, layer_norm, parallel_residual, rotary
+
+    def attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return reference.attention(rotary.rotary(qkv, cos, sin))
+
+    return Ops(
+        name="triton",
+        attention=attention,
+        layer_norm=layer_norm.layer_norm,
+        dual_layer_norm=layer_norm.dual_layer_norm,
+        parallel_residual=parallel_residual.parallel_residual,
+        gelu=gelu.gelu,
+        cross_entropy=cross_entropy.cross_entropy,
+        grad_norm=adam.grad_norm,
+        adamw_=adam.adamw_,
+    )
