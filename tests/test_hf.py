@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -476,6 +477,31 @@ def test_files_that_can_not_be_read_are_refused(
         (out / "config.json").write_text(text)
         with pytest.raises(InputError, match=r"config\.json is not"):
             hf.import_(out)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize(
+    ("suffix", "zipped"), [("bin", True), ("bin", False), ("safetensors", True)]
+)
+def test_damaged_weights_end_in_one_line(tmp_path: Path, suffix: str, zipped: bool) -> None:
+    tensors = {"a": torch.randn(3, 4), "b": torch.randn(5).half()}
+    file = tmp_path / f"weights.{suffix}"
+    if suffix == "bin":
+        torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
+    else:
+        save_file(tensors, file)
+    intact, draw, refused = file.read_bytes(), random.Random(2), 0
+    for _ in range(300):
+        data = bytearray(intact)
+        for _ in range(draw.choice([1, 2, 8])):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        file.write_bytes(data[: draw.choice([len(data), draw.randrange(len(data))])])
+        try:
+            list(hf._read_weights(file))
+        except InputError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 150
 
 
 def index_to(out: Path, shard: str) -> None:
