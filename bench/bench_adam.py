@@ -6,7 +6,7 @@ import sys
 
 from bench.compare import Peer, main, peer
 
-LABELS = ("adamw_", "grad_norm")
+LABELS = ("adamw_", "adamw_list_", "grad_norm")
 
 
 def _torch_fused(module):

@@ -116,16 +116,18 @@ def arguments(op: Op, inputs: dict[str, Any], dtype: torch.dtype | None = None) 
 
     dtype: what every floating tensor becomes (float64 for the exact result); None leaves them.
     """
-    fresh = dict(inputs)
-    for name, value in inputs.items():
+
+    def one(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [one(name, entry) for entry in value]
         if not isinstance(value, Tensor):
-            continue
+            return value
         wide = value if dtype is None or not value.is_floating_point() else value.to(dtype)
         if name in op.differentiable:
-            fresh[name] = wide.detach().clone().requires_grad_()
-        else:
-            fresh[name] = wide.clone() if name in op.consumed + op.written else wide
-    return fresh
+            return wide.detach().clone().requires_grad_()
+        return wide.clone() if name in op.consumed + op.written else wide
+
+    return {name: one(name, value) for name, value in inputs.items()}
 
 
 def call(op: Op, function: Callable[..., Any], values: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -170,8 +172,12 @@ def results(
         leaves = [values[name] for name in op.differentiable]
         gradients = torch.autograd.grad(outputs, leaves, upstream(op, outputs, dtype))
         found |= {f"d_{n}": g for n, g in zip(op.differentiable, gradients, strict=True)}
-    found |= {name: values[name] for name in op.written if values[name] is not None}
+    found |= {name: _joined(values[name]) for name in op.written if values[name] is not None}
     return {name: value.detach() for name, value in found.items()}
+
+
+def _joined(value: Tensor | list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in value]) if isinstance(value, list) else value
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -269,6 +275,22 @@ def _flat(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
         "step": one(7.0),
         "grad_scale": one(0.5),
     }
+
+
+def _list(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    """The same state as tensors of a matrix's and of a vector's size in turn; vectors decay not."""
+    flat = _flat(s, dtype, draw)
+    matrix = max(s.flat // 7, s.hidden)
+    sizes: list[int] = []
+    while (left := s.flat - sum(sizes)) > 0:
+        sizes.append(min(left, s.hidden if len(sizes) % 2 else matrix))
+    names = {"weight": "weights", "master": "masters", "exp_avg": "exp_avgs"}
+    names |= {"exp_avg_sq": "exp_avg_sqs", "grad": "grads"}
+    lists = {
+        n: flat[k] if flat[k] is None else list(flat[k].split(sizes)) for k, n in names.items()
+    }
+    decays = {"decays": [i % 2 == 0 for i in range(len(sizes))]}
+    return lists | decays | {name: flat[name] for name in ("lr", "step", "grad_scale")}
 
 
 def _hidden(s: Shape) -> tuple[int, ...]:
@@ -409,6 +431,15 @@ OPS: tuple[Op, ...] = (
         # read master, m, v, gradient in fp32; write master, m, v in fp32 and the weight
         bytes_moved={"forward": lambda s, size: (7 * 4 + size) * s.flat},
         written=("weight", "master", "exp_avg", "exp_avg_sq"),
+    ),
+    Op(
+        label="adamw_list_",
+        file="adam",
+        name="adamw_list_",
+        inputs=_list,
+        key=lambda s: (s.flat,),
+        bytes_moved={"forward": lambda s, size: (7 * 4 + size) * s.flat},
+        written=("weights", "masters", "exp_avgs", "exp_avg_sqs"),
     ),
 )
 

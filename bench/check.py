@@ -126,6 +126,7 @@ def run_task(task: Task, deadline: float, interpret: bool = False) -> list[dict[
         return [head | {"status": "not run"}]
     command = [sys.executable, "-m", "bench.check", "--one", json.dumps(asdict(task))]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # the products repeat their bits
     if interpret:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     if task.tool:
@@ -195,6 +196,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--interpret", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--one", metavar="TASK", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.workers < 1 or options.minutes <= 0:
+        parser.error("--workers: at least 1; --minutes: more than 0")
     if options.one:
         return _run_one(options.one)
     if not options.interpret and not torch.cuda.is_available():

@@ -74,6 +74,8 @@ def main(
     parser.add_argument("--only", nargs="+", metavar="IMPL", help="e.g. ours eager compile liger")
     parser.add_argument("--l2", choices=("cold", "warm"), default="cold")
     options = parser.parse_args(argv)
+    if options.batch < 1 or options.positions < 1:
+        parser.error("--batch and --positions: at least 1")
     if timer is None and not torch.cuda.is_available():
         print("a benchmark needs a CUDA device; none is visible", file=sys.stderr)
         return 2
