@@ -46,7 +46,7 @@ from pythia_fast.kernels.rows import (
     zero_rows,
 )
 
-# By hidden size; another size takes the next larger entry.
+# By hidden size, as in `layer_norm.py`.
 FORWARD = {
     128: Tile(rows=16, warps=4),
     256: Tile(rows=8, warps=4),

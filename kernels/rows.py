@@ -6,7 +6,8 @@ each element is loaded once. Only a last block that reaches past H is masked (96
 1000 < 1024).
 
 Sums over rows (weight and bias gradients) are deterministic: each of P programs walks its rows in
-order and writes one fp32 partial (K, H); `sum_partials` adds the P partials in a fixed order.
+order and writes one fp32 partial (K, H); `sum_partials` adds the P partials in a fixed order. P
+follows the number of SMs, so the bits are those of one GPU model.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class Tile:
 
     rows: int
     warps: int
-    stages: int = 1  # backward: row tiles in flight (cp.async), 1 = plain loads
-    per_sm: int = 1  # backward: programs per SM
+    stages: int = 1  # of a walk: stages − 1 tiles are fetched ahead by cp.async; 1 = plain loads
+    per_sm: int = 1  # of a walk: programs per SM
 
 
 def tile_for(table: dict[int, Tile], h: int) -> Tile:
-    """The entry of h, or of the next larger size in the table."""
+    """The entry of h, or of the next larger size in the table, or the largest."""
     return table[min((n for n in table if n >= h), default=max(table))]
 
 
