@@ -46,7 +46,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(T4) \
-	  transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+	  transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 \
+	  requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.2 certifi idna
 	touch $(VENV)/.installed $@
 
 clean:

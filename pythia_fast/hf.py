@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pythia_fast import checkpoint
-from pythia_fast.config import Config, Model, flatten, resolve, to_toml
+from pythia_fast.config import Config, Model, flatten, resolve
 from pythia_fast.errors import InputError
 from pythia_fast.progress import console
 from pythia_fast.storage import publish
@@ -283,8 +283,9 @@ def import_(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def import_checkpoint(directory: Path, run_dir: Path) -> Path:
-    """Starts a run from a GPTNeoX directory: <run>/config.toml and checkpoints/step0, in fp32.
+    """Starts a run from a GPTNeoX directory: <run>/checkpoints/step0, in fp32.
 
+    A page of the same shapes trains on from there, with moments of zero and its own recipe.
     The checkpoint holds the weights ("model.<name>") and no optimizer state. Returns its path.
     """
     keys, tensors = import_(directory)
@@ -292,10 +293,8 @@ def import_checkpoint(directory: Path, run_dir: Path) -> Path:
     extra = {"config": flatten(config), "config_digest": config.digest, "tokens": 0}
     weights = {f"model.{name}": tensor.float() for name, tensor in tensors.items()}
     with checkpoint.RunLock(run_dir):
-        page = run_dir / "config.toml"
-        if page.exists() or checkpoint.steps(run_dir):
+        if (run_dir / "config.toml").exists() or checkpoint.steps(run_dir):
             raise InputError(f"{run_dir} holds a run already")
-        page.write_text(to_toml(config))
         return checkpoint.save(run_dir, 0, weights, extra, permanent=True)
 
 

@@ -171,7 +171,13 @@ class Trainer:
         if step is None:
             return False
         path = self.run_dir / "checkpoints" / f"step{step}"
-        manifest = checkpoint.load(path, self.optimizer.state())
+        state = self.optimizer.state()
+        if "ledger" not in checkpoint.read_manifest(path):  # imported: weights alone, no history
+            checkpoint.load(path, {k: v for k, v in state.items() if k.startswith("model.")})
+            self.optimizer.resume_at(0)
+            say(f"starting from {path}")
+            return True
+        manifest = checkpoint.load(path, state)
         self.step = step
         self.optimizer.resume_at(step)
         changed = manifest["data_files"] != ledger.files_state(self.config.data.prefix)

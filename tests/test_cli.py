@@ -209,3 +209,26 @@ def test_generate_and_export_from_a_trained_run(
         new = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
         assert row["tokens"] == new[: len(row["tokens"])]
         assert coder.decode(row["tokens"]) == row["text"]
+
+
+def test_an_imported_model_trains_on(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """export, import, train: the first loss is that of the exported weights, not of a fresh model."""
+    page, run = trained
+    step = run / "checkpoints" / "step10"
+    assert main(["export", str(step), "--out", str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
+    new = tmp_path / "run"
+    assert main(["import", str(tmp_path / "hf"), "--run", str(new)]) == 0
+    capsys.readouterr()
+    assert "holds a run already" in fails(capsys, "import", tmp_path / "hf", "--run", new)
+    assert main(["train", str(page), "--train.steps", "4", "--run", str(new)]) == 0
+    losses = [row["loss"] for row in tiny_run.rows(new / "metrics.jsonl")]
+    before = [row["loss"] for row in tiny_run.rows(run / "metrics.jsonl")]
+    assert losses[0] < 0.9 * before[0]
+    assert checkpoint.steps(new) == [0, 1, 2, 4]
+    other = tmp_path / "other"
+    assert main(["import", str(tmp_path / "hf"), "--run", str(other)]) == 0
+    capsys.readouterr()
+    line = fails(capsys, "train", page, "--run", other, "--model.hidden", "64")
+    assert "model.embed_out.weight" in line and "expected float32 [64, 64]" in line
