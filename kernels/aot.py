@@ -137,16 +137,17 @@ def compile_case(case: AotCase, arch: str) -> dict[str, Any]:
 
     from .assembly import global_accesses, hot_loop_report, matrix_instruction, tcgen05_flops
 
-    parameters = [item for item in case.signature.items() if item[1] != "constexpr"]
+    signature = {name: case.signature[name] for name in case.kernel.arg_names}  # in its order
+    parameters = [item for item in signature.items() if item[1] != "constexpr"]
     pointers = {i: name for i, (name, kind) in enumerate(parameters) if kind.startswith("*")}
     aligned = {
         (position,): [["tt.divisibility", 16]]
-        for position, (name, kind) in enumerate(case.signature.items())
+        for position, (name, kind) in enumerate(signature.items())
         if kind.startswith(("*", "i")) and name not in case.not_aligned
     }
     number = int(arch.removeprefix("sm_"))
     compiled = triton.compile(
-        ASTSource(case.kernel, case.signature, case.constexprs, aligned),
+        ASTSource(case.kernel, signature, case.constexprs, aligned),
         target=GPUTarget("cuda", number, 32),
         options={"num_warps": case.num_warps, "num_stages": case.num_stages},
     )
@@ -251,10 +252,11 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(caption="cycles: one block, one iteration of the hot loop (or one pass: *)")
+    caption = "bytes and cycles: one block, one iteration of the hot loop (one pass where *)"
+    table = Table(caption=caption)
     for title in ("kernel", "case", "arch", "matrix", "accesses"):
         table.add_column(title, overflow="fold")
-    for title in ("regs", "spill", "shared", "bytes", "issue", "bound"):
+    for title in ("regs", "spill", "shared", "bytes", "issue", "bound", "B/cycle"):
         table.add_column(title, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*_cells(row))
@@ -273,15 +275,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
     cells = [*first, row["matrix"] or "-", accesses, *resources]
     loop = row["hot_loop"]
     if loop is None:
-        return [*cells, "", "not available", ""]
+        return [*cells, "", "not available", "", ""]
     once = "" if loop["loop"] else "*"
-    issue = f"{loop['cycles']['issue']:.0f}{once}"
-    return [
-        *cells,
-        str(loop["global_bytes"]),
-        issue,
-        f"{loop['bound']:.0f}{once} {loop['bound_by']}",
-    ]
+    figures = (f"{loop['global_bytes']}", f"{loop['cycles']['issue']:.0f}{once}")
+    bound = f"{loop['bound']:.0f}{once} {loop['bound_by']}"
+    return [*cells, *figures, bound, f"{loop['bytes_per_cycle']:.1f}"]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One kernel in one configuration that a Pythia size uses, as `aot.py` compiles it.
 
-Every kernel file ends with `aot_cases() -> list[AotCase]`. Names read "size, what, dtype", for
+Every kernel file ends with `aot_cases() -> Iterator[AotCase]`. Names read "size, what, dtype", for
 example "6.9b dual forward bf16": they are the rows of the resource report.
 """
 
@@ -16,7 +16,7 @@ class AotCase:
 
     name: str
     kernel: Any  # triton.runtime.jit.JITFunction
-    # every argument in order: "*bf16" | "*fp16" | "*fp32" | "*i64" | "i32" | "fp32" | "constexpr"
+    # every argument of the kernel: "*bf16", "*fp16", "*fp32", "*i64", "i32", "fp32", "constexpr"
     signature: dict[str, str]
     constexprs: dict[str, object]  # a value for each "constexpr" of the signature
     num_warps: int

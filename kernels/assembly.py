@@ -280,7 +280,8 @@ def hot_loop_report(sass: str, arch: int, warps: int, tcgen05: int | None) -> di
 
     tcgen05: FLOPs of one UTC*MMA (`tcgen05_flops`). "loop" is False where the kernel has none and
     the counts are of one pass through all of it. A kernel that branches is counted as if it took
-    every branch.
+    every branch. "bytes_per_cycle" is what the bound lets an SM move; a kernel is held back by it
+    where memory gives more (HBM: 4.3 TB/s over 132 SMs at 1.83 GHz is 17.8, measured on an H200).
     """
     instructions, labels = parse_sass(sass)
     body = hot_loop(instructions, labels)
@@ -296,12 +297,15 @@ def hot_loop_report(sass: str, arch: int, warps: int, tcgen05: int | None) -> di
         "issue": len(counted) * warps / 4,
     }
     known = {pipe: c for pipe, c in cycles.items() if c is not None}
+    moved = 32 * warps * sum(i.bytes for i in counted if i.uses_global)
+    bound = max(known.values())
     return {
         "loop": body is not None,
         "instructions": {**dict(sorted(pipes.items())), "issue": len(counted)},
-        "global_bytes": 32 * warps * sum(i.bytes for i in counted if i.uses_global),
+        "global_bytes": moved,
+        "bytes_per_cycle": moved / bound,
         "cycles": cycles,
-        "bound": max(known.values()),
+        "bound": bound,
         "bound_by": max(known, key=known.__getitem__),
     }
 
