@@ -4,8 +4,9 @@
     master −= lr·( (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + eps) + wd·master )        weight = master
 
 Forward only: the arguments are the state. All arithmetic is fp32; on a GPU the division and the
-square root of the update are within 2 ulp. lr, t and grad_scale (the clip factor) are read on the device, and the bias corrections
-computed there, so nothing waits for the host and a step can be captured in a CUDA graph:
+square root of the update are within 2 ulp. lr, t and grad_scale (the clip factor) are read on the
+device, and the bias corrections computed there, so nothing waits for the host and a step can be
+captured in a CUDA graph:
 1 − βᵗ = −expm1(t·ln β). m and v move as m + (1−β)(g − m), one rounding fewer than with β itself.
 
 Bytes a parameter: 30 with 16-bit weights and fp32 gradients (master, m, v read and written, 24;
@@ -371,8 +372,8 @@ def _rates(betas: tuple[float, float], eps: float, weight_decay: float) -> dict[
         "log_beta2": math.log(b2),
         "rate1": 1 - b1,
         "rate2": 1 - b2,
-        "eps": eps,
-        "weight_decay": weight_decay,
+        "eps": float(eps),
+        "weight_decay": float(weight_decay),
     }
 
 

@@ -52,7 +52,7 @@ NAN = tl.constexpr(float("nan"))
 
 @triton.jit
 def exp(b_x):
-    """eˣ as 2^(x·log₂e): one multiplication and ex2.approx.ftz, where tl.exp keeps subnormals (+3)."""
+    """eˣ as ex2.approx.ftz(x·log₂e): 2 instructions, where tl.exp keeps subnormals and takes 5."""
     return tl.exp2(b_x * 1.4426950408889634)
 
 
@@ -240,7 +240,7 @@ def cross_entropy_fwd(logits: Tensor, targets: Tensor, scale: float, write_grad:
             losses=losses,
             M=logits.shape[0],
             stride=logits.stride(0),
-            scale=scale,
+            scale=float(scale),
             GRAD=write_grad,
             **_tiles(logits),
         )
@@ -315,7 +315,7 @@ def cross_entropy_grad_(
             M=logits.shape[0],
             stride=logits.stride(0),
             vocab_start=vocab_start,
-            scale=scale,
+            scale=float(scale),
             **_tiles(logits),
         )
     torch.autograd.graph.increment_version(logits)
@@ -323,7 +323,7 @@ def cross_entropy_grad_(
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:
-    """Raises ValueError naming the first row whose id is not in [0, vocab_size). Waits for a GPU."""
+    """Raises ValueError with the first row whose id is not in [0, vocab_size); waits for a GPU."""
     wrong = ((targets < 0) | (targets >= vocab_size)).nonzero()
     if len(wrong):
         row = int(wrong[0])
@@ -344,7 +344,7 @@ def _grid(rows: Tensor) -> tuple[int]:
 
 
 def _tiles(logits: Tensor) -> dict[str, int]:
-    """Tile sizes of a row: full tiles of BLOCK columns, then one of the smallest width that fits."""
+    """Tile sizes of a row: full tiles of BLOCK columns, then the narrowest that holds the rest."""
     columns, vec = logits.shape[1], 16 // logits.element_size()
     tail = max(triton.next_power_of_2(columns % BLOCK), vec)
     return {"V": columns, "BLOCK": BLOCK, "TAIL": tail, "VEC": vec, "num_warps": WARPS}
@@ -411,10 +411,14 @@ def aot_cases() -> Iterator[AotCase]:
 
 
 def _case(name, kernel, arguments, dtype, columns, more=None) -> AotCase:
+    """The tail and the target are narrow accesses beside the 128-bit ones of the full tiles."""
     constexprs = _tiles(torch.empty(0, columns, dtype=_DTYPES[dtype])) | (more or {})
     warps = constexprs.pop("num_warps")
     signature = arguments | dict.fromkeys(constexprs, "constexpr")
-    return AotCase(name, kernel, signature, constexprs, num_warps=warps, num_stages=1)
+    # sm_100: one address spilled, outside the loops
+    return AotCase(
+        name, kernel, signature, constexprs, num_warps=warps, num_stages=1, spill_budget=8
+    )
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
