@@ -39,7 +39,7 @@ MUTANTS = [
     Mutant("three times torch", FILE, "2 * torch_error.max()", "3 * torch_error.max()"),
     Mutant("no norm", FILE, " and self.norm <= self.norm_allowed", ""),
     Mutant("no largest", FILE, "self.largest <= self.largest_allowed and ", ""),
-    Mutant("absolute norm", FILE, "error.norm().item() / norm if norm else", ""),
+    Mutant("absolute norm", FILE, "norm=error.norm().item() / norm if norm else", "norm="),
     Mutant(
         "nan passes",
         FILE,
