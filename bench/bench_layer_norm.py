@@ -9,19 +9,25 @@ from bench.compare import Peer, main, peer
 LABELS = ("layer_norm", "dual_layer_norm")
 
 
-def _liger(module):
-    return module.liger_layer_norm
+def _named(norm):
+    """Our argument names for a function that takes (x, weight, bias, eps) by position."""
 
-
-def _apex(module):
     def layer_norm(x, weight, bias, eps=1e-5):
-        return module.fused_layer_norm_affine(x, weight, bias, weight.shape, eps)
+        return norm(x, weight, bias, eps)
 
     return layer_norm
 
 
+def _liger(module):
+    return _named(module.liger_layer_norm)
+
+
+def _apex(module):
+    return _named(lambda x, w, b, eps: module.fused_layer_norm_affine(x, w, b, w.shape, eps))
+
+
 def _apex_fast(module):
-    return module._fast_layer_norm
+    return _named(module._fast_layer_norm)
 
 
 def _twice(adapt):

@@ -106,7 +106,7 @@ def test_benchmark_files(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     module = importlib.import_module(f"bench.bench_{file}")
     assert {op.label for op in OPS if op.file == file} == set(module.LABELS)
     assert set(getattr(module, "PEERS", {})) <= set(module.LABELS)
-    assert (REPOSITORY / "bench" / f"bench_{file}.py").read_text().count("\n") < 60
+    assert (REPOSITORY / "bench" / f"bench_{file}.py").read_text().count("\n") < 70
     if not torch.cuda.is_available():
         assert main(module.LABELS, argv=[]) == 2
         assert capsys.readouterr().err == "a benchmark needs a CUDA device; none is visible\n"
