@@ -5,9 +5,9 @@
 
 Forward only: the arguments are the state. All arithmetic is fp32; on a GPU the division and the
 square root of the update are within 2 ulp. lr, t and grad_scale (the clip factor) are read on the
-device, and the bias corrections computed there, so nothing waits for the host and a step can be
-captured in a CUDA graph:
-1 − βᵗ = −expm1(t·ln β). m and v move as m + (1−β)(g − m), one rounding fewer than with β itself.
+device and the bias corrections computed there, 1 − βᵗ = −expm1(t·ln β), so nothing waits for the
+host and a step can be captured in a CUDA graph. m and v move as m + (1−β)(g − m), which needs no
+rounded β.
 
 Bytes a parameter: 30 with 16-bit weights and fp32 gradients (master, m, v read and written, 24;
 gradient read, 4; weight written, 2), 28 without weights, 2 fewer with bf16 gradients; `grad_norm`

@@ -254,15 +254,15 @@ def cross_entropy_bwd(dlogits: Tensor, dloss: Tensor) -> Tensor:
     check(dlogits, "dlogits", rank=2)
     check(dloss, "dloss", shape=(), device=dlogits.device)
     if dlogits.numel():
-        tiles = _tiles(dlogits)
+        vec = 16 // dlogits.element_size()
         _cross_entropy_bwd_kernel[_grid(dlogits)](
             dlogits=dlogits,
             dloss=dloss,
             M=dlogits.shape[0],
             stride=dlogits.stride(0),
             N=dlogits.shape[1],
-            BLOCK=min(BLOCK, max(triton.next_power_of_2(dlogits.shape[1]), tiles["VEC"])),
-            VEC=tiles["VEC"],
+            BLOCK=min(BLOCK, max(triton.next_power_of_2(dlogits.shape[1]), vec)),
+            VEC=vec,
             num_warps=WARPS,
         )
     torch.autograd.graph.increment_version(dlogits)

@@ -38,6 +38,7 @@ MUTANTS = [
     Mutant("shard: start added", FILE, "        i_target = tl.load(targets + i_row) - vocab_start\n        m_target = (i_target >= 0) & (i_target < V)\n        b_target = tl.load(p_row + i_target, mask=m_target, other=0.0).to(tl.float32)\n\n", "        i_target = tl.load(targets + i_row) + vocab_start\n        m_target = (i_target >= 0) & (i_target < V)\n        b_target = tl.load(p_row + i_target, mask=m_target, other=0.0).to(tl.float32)\n\n"),
     Mutant("shard gradient: start ignored", FILE, "        i_target = tl.load(targets + i_row) - vocab_start\n        m_target = (i_target >= 0) & (i_target < V)\n        b_target = tl.load(p_row + i_target, mask=m_target, other=0.0).to(tl.float32)\n        b_lse", "        i_target = tl.load(targets + i_row)\n        m_target = (i_target >= 0) & (i_target < V)\n        b_target = tl.load(p_row + i_target, mask=m_target, other=0.0).to(tl.float32)\n        b_lse"),
     Mutant("shard gradient: first row's lse", FILE, "tl.load(lse + i_row)", "tl.load(lse)"),
+    Mutant("logits written without a gradient", FILE, "write_grad=False).sum()", "write_grad=True).sum()"),
     Mutant("version not counted", FILE, "    if write_grad:\n        torch.autograd.graph.increment_version(logits)", "    if False:\n        torch.autograd.graph.increment_version(logits)"),
 ]  # fmt: skip
 

@@ -29,7 +29,7 @@ MUTANTS = [
     Mutant("weight gradient in the narrow dtype", FILE, "total.addmm_(a.float(), b.float(), beta=beta)", "total.copy_(total.to(a.dtype) * beta + (a @ b))"),
     Mutant("incoming gradient ignored", FILE, "cross_entropy_bwd(gradient, dloss)", "cross_entropy_bwd(gradient, dloss * 0 + 1)"),
     Mutant("wrong incoming gradient not told", FILE, "torch.where(dloss == 1, dloss, torch.nan)", "dloss"),
-    Mutant("logits written without a gradient", FILE, "[0].sum()", "[0].sum() * 0"),
+    Mutant("no loss without a gradient", FILE, "[0].sum()", "[0].sum() * 0"),
     Mutant("a buffer for each chunk", FILE, "out=buffer[: chunk.stop - start]", "out=torch.empty_like(buffer[: chunk.stop - start])"),
 ]  # fmt: skip
 
