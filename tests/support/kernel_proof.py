@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from bench.bound import ATOL, assert_close
 
 __all__ = ["ATOL", "REPOSITORY", "Mutant", "assert_close", "assert_killed", "load_mutant"]
@@ -55,11 +57,19 @@ def load_mutant(mutant: Mutant, tmp_path: Path) -> ModuleType:
     return module
 
 
+BROKEN = (NameError, SyntaxError, AttributeError, TypeError, ImportError)
+
+
 def assert_killed(mutant: Mutant, check: Callable[[ModuleType], None], tmp_path: Path) -> None:
-    """`check(module)` passes on the real file elsewhere; on the mutant it must raise."""
+    """`check(module)` passes on the real file elsewhere; on the mutant it must fail.
+
+    A mutant that is merely broken code proves nothing about the check: its error is raised.
+    """
     module = load_mutant(mutant, tmp_path)
     try:
         check(module)
-    except Exception:
+    except BROKEN:
+        raise
+    except (Exception, pytest.fail.Exception):
         return
     raise AssertionError(f"mutant {mutant.name!r} survived")
