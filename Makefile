@@ -18,11 +18,14 @@ train: $(VENV)/.installed
 	$(BIN)/pythia-fast data quickstart --out data/quickstart
 	$(BIN)/pythia-fast train configs/quickstart.toml --run $(RUN)
 
+# two workers of one thread each, whole files: fixtures are shared within a file
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -34,6 +37,7 @@ aot: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.bench_cpu
+	$(BIN)/python -m bench.bench_data
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("pythia-fast needs Python 3.11 or later") if sys.version_info < (3, 11) else None'

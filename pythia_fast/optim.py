@@ -143,7 +143,8 @@ class AdamW:
         norm = self.ops.grad_norm(self.grad)
         scale = (c.clip / (norm + 1e-6)).clamp(max=1.0)
         if self._torch is not None:
-            self.grad.mul_(scale)
+            # the fused kernel divides gradients by grad_scale on the way (GradScaler's interface)
+            self._torch.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
             self._torch.step()
             self.sync_weights()
         else:
@@ -172,6 +173,7 @@ class AdamW:
         optimizer = torch.optim.AdamW(
             groups, lr=self._scalars[0], betas=c.betas, eps=c.eps, fused=True
         )
+        optimizer.found_inf = torch.zeros((), device=self.master.device)  # type: ignore[attr-defined]
         for group in optimizer.param_groups:
             optimizer.state[group["params"][0]] = {
                 "step": torch.zeros((), dtype=torch.float32, device=self.master.device),

@@ -7,6 +7,7 @@ continues from its newest complete checkpoint, bit for bit.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
@@ -49,6 +50,8 @@ class Trainer:
         c = self.config = config
         self.run_dir = run
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            _keep_freed_memory()
         ops = select(c.kernels.backend, self.device)
         self.rows = rows_from(c)
         self.valid_rows = valid_rows_from(c)
@@ -202,6 +205,18 @@ class Trainer:
         permanent = self.step in self.permanent
         checkpoint.save(self.run_dir, self.step, self.optimizer.state(), extra, permanent)
         checkpoint.prune(self.run_dir, self.config.checkpoint.keep)
+
+
+def _keep_freed_memory() -> None:
+    """Stops glibc from handing large blocks back to the kernel at each free.
+
+    Activations would otherwise be mapped and zeroed anew every step: 0.64 against 0.53 s a step of
+    the quickstart on two cores. M_MMAP_THRESHOLD = -3 and M_TRIM_THRESHOLD = -1 of malloc.h.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 1 << 30)
+        mallopt(-1, (1 << 31) - 1)
 
 
 class _Clock:

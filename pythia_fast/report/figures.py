@@ -25,7 +25,10 @@ def loss_figure(run: Path, unigram_entropy: float | None = None) -> Path:
     loss = np.array([row["loss"] for row in rows])
     held = [(row["tokens"], row["valid_loss"]) for row in rows if "valid_loss" in row]
     figure, axes = plt.subplots(figsize=(7.2, 4.2), dpi=150, layout="constrained")
-    axes.plot(tokens, loss, color=OURS, linewidth=1.1, label="training, each logged step")
+    axes.plot(
+        tokens, loss, color=OURS, linewidth=0.8, alpha=0.35, label="training, each logged step"
+    )
+    axes.plot(*_log_means(tokens, loss), color=OURS, linewidth=1.6, label="mean of 1/20 decade")
     if held:
         axes.plot(*zip(*held, strict=True), "o-", color=HELD_OUT, markersize=4, label="held out")
     if unigram_entropy is not None:
@@ -51,3 +54,10 @@ def loss_figure(run: Path, unigram_entropy: float | None = None) -> Path:
     plt.close(figure)
     temporary.replace(path)
     return path
+
+
+def _log_means(tokens: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean tokens and mean loss of each twentieth of a decade of tokens."""
+    place = np.floor(20 * np.log10(np.maximum(tokens, 1))).astype(int)
+    _, group, count = np.unique(place, return_inverse=True, return_counts=True)
+    return np.bincount(group, tokens) / count, np.bincount(group, loss) / count
