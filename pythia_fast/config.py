@@ -252,16 +252,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for section, keys in page.items():
         if not isinstance(keys, dict):
             raise InputError(f"{path}: {section} stands outside of a [section]")
-        for key, value in keys.items():
-            values[f"{section}.{key}"] = _checked(f"{section}.{key}", value, f"{path}: ")
-        if not keys and section not in _SECTIONS:
-            _checked(f"{section}.", None, f"{path}: ")
-    return resolve(values, overrides)
+        if section not in _SECTIONS:
+            _hint(f"{section}.", f"{path}: ")
+        values.update({f"{section}.{key}": value for key, value in keys.items()})
+    return resolve(values, overrides, f"{path}: ")
 
 
-def resolve(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Defaults < preset < values (dotted keys) < flags, validated."""
-    values = {**values, **parse_overrides(overrides)}
+def resolve(values: dict[str, Any], overrides: Sequence[str] = (), where: str = "") -> Config:
+    """Defaults < preset < values (dotted keys, as TOML or JSON gives them) < flags, validated.
+
+    where: what the values came from, for messages.
+    """
+    values = {name: _checked(name, value, where) for name, value in values.items()}
+    values |= parse_overrides(overrides)
     preset = values.get("model.preset", "")
     if preset and preset not in SUITE:
         raise InputError(f"model.preset = {preset!r} is unknown{_nearest(preset, SUITE)}")
