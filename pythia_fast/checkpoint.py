@@ -25,6 +25,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from pythia_fast.config import Config, resolve
 from pythia_fast.errors import CheckError, InputError
 from pythia_fast.progress import say
 from pythia_fast.storage import (
@@ -165,6 +166,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(f"{file}: format {manifest.get('format')}, this version reads {FORMAT}")
     _check_manifest(file, manifest)
     return manifest
+
+
+def config_of(path: Path) -> Config:
+    """The configuration that a checkpoint was trained with. Raises InputError as `resolve` does."""
+    keys = read_manifest(path).get("config")
+    if not isinstance(keys, dict):
+        raise InputError(f"{path / MANIFEST} holds no config")
+    return resolve(keys, where=f"{path / MANIFEST}: ")
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:

@@ -185,15 +185,13 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from pythia_fast.checkpoint import read_manifest
     from pythia_fast.hf import export
 
-    own = read_manifest(options.checkpoint)["config"]["data.tokenizer"]
     export(
         options.checkpoint,
         options.out,
         dtype=options.dtype,
-        tokenizer=options.tokenizer or (Path(own) if own else None),
+        tokenizer=options.tokenizer,
         hidden_act=options.hidden_act,
     )
     _print(options, [{"directory": str(options.out)}], f"exported to {options.out}")

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pythia_fast import checkpoint
-from pythia_fast.config import Model, resolve
 from pythia_fast.errors import InputError
 from pythia_fast.kernels import reference
 from pythia_fast.model import Attend, Pythia, materialise
@@ -99,22 +98,16 @@ def generate(
     return [row[: row.index(stop_id)] if stop_id in row else row for row in rows]
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Pythia, dict[str, Any]]:
-    """The model of a checkpoint folder on the best device, and the checkpoint's manifest."""
-    manifest = checkpoint.read_manifest(path)
-    values = {k: v for k, v in manifest["config"].items() if k.startswith("model.")}
-    model = Pythia(_model_config(values))
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Pythia:
+    """The model of a checkpoint folder, on the GPU where there is one."""
+    model = Pythia(checkpoint.config_of(path).model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tensors = checkpoint.load_all(path, prefix="model.")
     materialise(model, device, dtype)
     with torch.no_grad():
-        tensors = checkpoint.load_all(path, prefix="model.")
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])
-    return model, manifest
-
-
-def _model_config(values: dict[str, Any]) -> Model:
-    return resolve({k: v for k, v in values.items() if k != "model.preset"}).model
+    return model
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -140,8 +133,11 @@ def continue_texts(
     """{"prompt", "tokens": generated ids, "text": their text} for each prompt, by a checkpoint."""
     if max_new_tokens < 1 or temperature < 0:
         raise InputError("--max-new-tokens must be at least 1 and --temperature at least 0")
-    model, manifest = load_model(path)
-    coder = load_tokenizer(tokenizer or manifest["config"]["data.tokenizer"])
+    own = checkpoint.config_of(path).data.tokenizer
+    if not tokenizer and not own:
+        raise InputError(f"{path}: the run named no tokenizer; name one with --tokenizer FILE")
+    coder = load_tokenizer(tokenizer or own)
+    model = load_model(path)
     encoded = [coder.encode(prompt).ids for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:

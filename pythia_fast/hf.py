@@ -100,17 +100,20 @@ def export(
     """Writes a checkpoint as a directory for AutoModelForCausalLM and AutoTokenizer.
 
     dtype: of the weights on disk (the suite: fp16). tokenizer: a tokenizer.json, copied byte for
-    byte. hidden_act: "gelu", the exact erf form, is what the suite's published config.json says,
-    although GPT-NeoX trained it with the tanh form (as this package does unless model.activation
-    is "gelu"); "gelu_pytorch_tanh" is the function that was trained. Logits differ slightly.
+    byte; None takes the run's own, if it named one. hidden_act: "gelu", the exact erf form, is what
+    the suite's published config.json says, although GPT-NeoX trained it with the tanh form (as this
+    package does unless model.activation is "gelu"); "gelu_pytorch_tanh" is the function that was
+    trained. Logits differ slightly.
 
     All or nothing. Raises InputError where out_dir is not empty, a value does not fit into dtype,
     or the tokenizer has more ids than the model; CheckError where the checkpoint is damaged.
     """
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise InputError(f"{out_dir} exists already and is not empty")
-    manifest = checkpoint.read_manifest(checkpoint_path)
-    model, seq_len = _model_of(checkpoint_path, manifest)
+    config = checkpoint.config_of(checkpoint_path)
+    model, seq_len = config.model, config.data.seq_len
+    if tokenizer is None and config.data.tokenizer:
+        tokenizer = Path(config.data.tokenizer)
     files = _tokenizer_files(tokenizer, model.vocab_size) if tokenizer else {}
     end = _end_of_text(tokenizer) if tokenizer else 0
     files["config.json"] = _json(_hf_config(model, seq_len, dtype, hidden_act, end))
@@ -128,22 +131,6 @@ def export(
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {out_dir}: {error}") from error
     return out_dir
-
-
-def _model_of(path: Path, manifest: dict[str, Any]) -> tuple[Model, int]:
-    """The [model] and data.seq_len that a checkpoint was trained with, from its manifest."""
-    keys = manifest.get("config")
-    if not isinstance(keys, dict):
-        raise InputError(f"{path}: its manifest holds no config")
-    try:
-        config = resolve(
-            {k: v for k, v in keys.items() if k.startswith(("model.", "data.seq_len"))}
-        )
-    except TypeError as error:  # a key of another version
-        raise InputError(
-            f"{path}: the config in its manifest is not of this version: {error}"
-        ) from None
-    return config.model, config.data.seq_len
 
 
 def _hf_config(m: Model, seq_len: int, dtype: str, act: str, end: int) -> dict[str, Any]:
