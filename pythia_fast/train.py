@@ -101,6 +101,7 @@ class Trainer:
             initialise(self.model, c.train.seed)
             self.optimizer.sync_weights(from_model=True)
         with ExitStack() as stack:
+            arrived = stack.enter_context(_signals())
             self.book = stack.enter_context(closing(ledger.Ledger(self.run_dir, self.step)))
             metrics_path = self.run_dir / "metrics.jsonl"
             self.metrics = stack.enter_context(closing(StepLog(metrics_path, self.step + 1)))
@@ -112,13 +113,13 @@ class Trainer:
             )
             stack.enter_context(closing(loader))
             progress = stack.enter_context(TrainProgress(c.train.steps, self.step))
-            stop = stack.enter_context(_signals())
             clock = _Clock(c.tokens_per_step)
             for batch in loader:
                 loss, norm = self.train_step(self._to_device(batch.tokens))
                 self.book.append(batch)
                 clock.tick()
-                save = self.step in self.permanent or self._every(c.checkpoint.every) or bool(stop)
+                stop = arrived[0] if arrived else None  # read once: a later one ends the next step
+                save = self.step in self.permanent or self._every(c.checkpoint.every) or stop
                 valid = self.valid_rows is not None and self._due(c.train.valid_every)
                 if self._due(c.log.every) or save or valid:
                     row = self._row(loss.item(), norm.item(), clock.rate())
@@ -132,7 +133,7 @@ class Trainer:
                 if save or valid:
                     clock.restart()
                 if stop:
-                    raise Stopped(stop[0], self.step)
+                    raise Stopped(stop, self.step)
         return self._last_row()
 
     def _every(self, steps: int) -> bool:
