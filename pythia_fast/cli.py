@@ -94,8 +94,8 @@ def _train(options: argparse.Namespace) -> int:
         return 128 + stopped.signum
     from pythia_fast.report.summary import summarise
 
-    summary = summarise(config, run, last)
-    _print(options, [summary], summary["text"])
+    summary, text = summarise(config, run, last)
+    _print(options, [summary], text)
     return 0
 
 
@@ -149,21 +149,23 @@ def _data_digest(options: argparse.Namespace) -> None:
 
     config = load(options.config, options.overrides)
     start, stop = _steps(options.step) if options.step else (0, config.train.steps)
-    expected = _ledger_digests(options.against) if options.against else {}
-    for row in commands.digest(config, start, min(stop, max(expected, default=stop) + 1)):
+    ledger = _ledger(options.against) if options.against else {}
+    for row in commands.digest(config, start, min(stop, max(ledger, default=stop) + 1)):
         step = row["step"]
-        if step in expected and expected[step] != row["digest"]:
-            raise CheckError(f"{options.against}: the data of step {step} differs from its ledger")
         if start > 0:
             del row["running"]  # the chain begins at step 0
+        if options.against and step not in ledger:
+            raise CheckError(f"{options.against}: its ledger has no step {step}")
+        if options.against and any(ledger[step].get(key) != row[key] for key in row):
+            raise CheckError(f"{options.against}: the data of step {step} differs from its ledger")
         running = f"  running {row['running']}" if "running" in row else ""
         _print(options, [row], f"step {step}  {row['digest']}{running}")
 
 
-def _ledger_digests(run: Path) -> dict[int, str]:
+def _ledger(run: Path) -> dict[int, dict[str, Any]]:
     from pythia_fast.metrics import read_steps
 
-    rows = {row["step"]: row["digest"] for row in read_steps(run / "ledger.jsonl")}
+    rows = {row["step"]: row for row in read_steps(run / "ledger.jsonl")}
     if not rows:
         raise InputError(f"{run / 'ledger.jsonl'}: no ledger there")
     return rows
@@ -227,7 +229,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _print(options: argparse.Namespace, rows: list[dict[str, Any]], text: str) -> None:
     if options.json:
         for row in rows:
-            print(json.dumps({k: v for k, v in row.items() if k != "text" or "prompt" in row}))
+            print(json.dumps(row))
     else:
         print(text)
 

@@ -97,6 +97,9 @@ class Optimizer:
     warmup: float = _key(0.01, "share of the steps with rising learning rate")
     betas: tuple[float, float] = _key((0.9, 0.95), "Adam's decay rates")
     eps: float = _key(1e-8, "Adam's epsilon")
+    step_offset: int = _key(
+        1, "added to Adam's count of updates: GPT-NeoX v1.0 took an empty step first; textbook: 0"
+    )
     weight_decay: float = _key(0.1, "decoupled decay of all matrices; never of biases and norms")
     clip: float = _key(1.0, "bound of the global gradient norm")
     backend: Literal["auto", "triton", "torch"] = _key(
@@ -145,11 +148,6 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     kernels: Kernels = field(default_factory=Kernels)
     log: Log = field(default_factory=Log)
-
-    @property
-    def accumulation(self) -> int:
-        """Microbatches a step on one device."""
-        return self.train.batch_size // self.train.micro_batch_size
 
     @property
     def tokens_per_step(self) -> int:
@@ -386,7 +384,8 @@ def validate(config: Config) -> None:
         _positive(config, name)
     for name in ("train.valid_every", "train.valid_rows", "log.every", "optimizer.clip"):
         _positive(config, name)
-    _positive(config, "checkpoint.keep")
+    for name in ("checkpoint.keep", "model.rotary_base", "model.norm_eps", "optimizer.lr"):
+        _positive(config, name)
     if m.hidden % m.heads:
         raise InputError(f"model.heads = {m.heads} does not divide model.hidden = {m.hidden}")
     if not 0 < m.rotary_pct <= 1 or m.rotary_dim % 2 or m.rotary_dim == 0:
@@ -407,6 +406,8 @@ def validate(config: Config) -> None:
         raise InputError(f"optimizer.warmup = {o.warmup}: expected a share in [0, 1)")
     if not all(0 <= b < 1 for b in o.betas):
         raise InputError(f"optimizer.betas = {list(o.betas)}: expected numbers in [0, 1)")
+    if o.step_offset < 0:
+        raise InputError(f"optimizer.step_offset = {o.step_offset} must not be negative")
     if o.eps <= 0 or o.weight_decay < 0:
         raise InputError(
             f"optimizer: eps = {o.eps} and weight_decay = {o.weight_decay} must be > 0"

@@ -277,7 +277,7 @@ def import_checkpoint(directory: Path, run_dir: Path) -> Path:
     """
     keys, tensors = import_(directory)
     config: Config = resolve(keys)
-    extra = {"config": flatten(config), "config_digest": config.digest, "tokens": 0}
+    extra = {"config": flatten(config), "tokens": 0}
     weights = {f"model.{name}": tensor.float() for name, tensor in tensors.items()}
     with checkpoint.RunLock(run_dir):
         if (run_dir / "config.toml").exists() or checkpoint.steps(run_dir):

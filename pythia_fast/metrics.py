@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pythia_fast.config import Config, flatten
+from pythia_fast.data.files import publish
 from pythia_fast.errors import InputError
 
 
@@ -22,15 +24,17 @@ class StepLog:
     """An append-only file of JSON objects with ascending "step"."""
 
     def __init__(self, path: Path, keep_below: int) -> None:
-        """Opens for appending after dropping every row with step >= keep_below."""
+        """Opens for appending after dropping every row with step >= keep_below.
+
+        Raises InputError, the file untouched, where a line other than a torn last one is damaged.
+        """
         kept = [line for row, line in _rows(path) if row["step"] < keep_below]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
-        self._file = path.open("a")
+        with publish(path) as file:
+            file.writelines(kept)
+        self._file = path.open("ab")
 
     def append(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row).encode() + b"\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -42,21 +46,26 @@ class StepLog:
 
 
 def read_steps(path: Path) -> Iterator[dict[str, Any]]:
-    """The intact rows of a step log; empty where there is no file."""
+    """The rows of a step log without a torn last one; empty where there is no file."""
     return (row for row, _ in _rows(path))
 
 
-def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     if not path.exists():
         return
-    with path.open() as file:
-        for line in file:
+    before = -1
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # torn by a kill in the middle of its write
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
-                return  # torn by a kill; nothing after it counts
-            if not line.endswith("\n"):
-                return
+                step = row["step"]
+                if not isinstance(step, int) or step <= before:
+                    raise ValueError
+            except (ValueError, TypeError, KeyError):
+                raise InputError(f"{path}: line {number} is damaged") from None
+            before = step
             yield row, line
 
 
@@ -77,7 +86,7 @@ class Trackers:
             except ImportError:
                 raise InputError(_missing("log.wandb", "wandb")) from None
             self._wandb = wandb.init(
-                project=config.log.wandb, name=run.name, dir=run, id=run.name,
+                project=config.log.wandb, name=run.name, dir=run, id=_wandb_id(run),
                 resume="allow", config=flatten(config),
             )  # fmt: skip
 
@@ -94,6 +103,14 @@ class Trackers:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _wandb_id(run: Path) -> str:
+    """The id under which a run continues after a resume, drawn once and kept with it."""
+    path = run / "wandb.id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(8))
+    return path.read_text()
 
 
 def _missing(key: str, extra: str) -> str:

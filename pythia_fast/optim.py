@@ -139,7 +139,7 @@ class AdamW:
         """
         c = self.config
         self.steps_taken += 1
-        self._scalars.copy_(torch.tensor([lr, float(self.steps_taken)]))
+        self._scalars.copy_(torch.tensor([lr, float(self.steps_taken + c.step_offset)]))
         norm = self.ops.grad_norm(self.grad)
         scale = (c.clip / (norm + 1e-6)).clamp(max=1.0)
         if self._torch is not None:
@@ -176,7 +176,7 @@ class AdamW:
         optimizer.found_inf = torch.zeros((), device=self.master.device)  # type: ignore[attr-defined]
         for group in optimizer.param_groups:
             optimizer.state[group["params"][0]] = {
-                "step": torch.zeros((), dtype=torch.float32, device=self.master.device),
+                "step": torch.tensor(float(c.step_offset), device=self.master.device),
                 "exp_avg": self.exp_avg[group["part"]],
                 "exp_avg_sq": self.exp_avg_sq[group["part"]],
             }
@@ -186,5 +186,5 @@ class AdamW:
         """Continues the step count after `state` was loaded."""
         self.steps_taken = steps_taken
         for state in self._torch.state.values() if self._torch is not None else ():
-            state["step"].fill_(float(steps_taken))
+            state["step"].fill_(float(steps_taken + self.config.step_offset))
         self.sync_weights()

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from pythia_fast import checkpoint, ledger
-from pythia_fast.config import Config, differences, flatten, load, to_toml
+from pythia_fast.config import Config, differences, flatten, to_toml
 from pythia_fast.data.commands import rows_from, valid_rows_from
-from pythia_fast.data.loader import Loader
+from pythia_fast.data.files import publish
+from pythia_fast.data.loader import RUNNING_START, Loader, read_batch
 from pythia_fast.errors import CheckError, InputError
 from pythia_fast.metrics import StepLog, Trackers, read_steps
 from pythia_fast.model import Pythia, initialise
@@ -54,7 +55,7 @@ class Trainer:
             _keep_freed_memory()
         ops = select(c.kernels.backend, self.device)
         self.rows = rows_from(c)
-        self.valid_rows = valid_rows_from(c)
+        self.valid_tokens = _valid_tokens(c)
         self.model = Pythia(c.model, ops)
         dtype = DTYPES[c.precision.compute]
         self.optimizer = AdamW(self.model, c.optimizer, ops, self.device, dtype)
@@ -83,30 +84,29 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss of the first train.valid_rows held-out rows, nats a token."""
-        assert self.valid_rows is not None
-        c, n = self.config, min(self.config.train.valid_rows, len(self.valid_rows))
-        total = torch.zeros((), device=self.device)
-        for start in range(0, n, c.train.micro_batch_size):
-            tokens = self.valid_rows.tokens(start, min(start + c.train.micro_batch_size, n))
-            total += self.model.loss(self._to_device(tokens), 1.0 / (n * c.data.seq_len))
-        return float(total.item())
+        assert self.valid_tokens is not None
+        tokens = self._to_device(self.valid_tokens)
+        scale = 1.0 / (tokens.shape[0] * (tokens.shape[1] - 1))
+        rows = tokens.split(self.config.train.micro_batch_size)
+        return float(sum(self.model.loss(r, scale).item() for r in rows))
 
     # --- the loop ---
 
     def run(self) -> dict[str, Any]:
         """Trains to the last step and returns the last row of metrics.jsonl."""
         c = self.config
-        resumed = self._load_newest()
-        if not resumed:
-            initialise(self.model, c.train.seed)
-            self.optimizer.sync_weights(from_model=True)
+        running = self._load_newest()
+        with publish(self.run_dir / "config.toml") as page:
+            page.write(to_toml(c).encode())
         with ExitStack() as stack:
             arrived = stack.enter_context(_signals())
-            self.book = stack.enter_context(closing(ledger.Ledger(self.run_dir, self.step)))
+            self.book = stack.enter_context(
+                closing(ledger.Ledger(self.run_dir, self.step, running))
+            )
             metrics_path = self.run_dir / "metrics.jsonl"
             self.metrics = stack.enter_context(closing(StepLog(metrics_path, self.step + 1)))
             trackers = stack.enter_context(closing(Trackers(c, self.run_dir)))
-            if not resumed and 0 in self.permanent:
+            if 0 in self.permanent and checkpoint.newest(self.run_dir) is None:
                 self._save()
             loader = Loader(
                 self.rows, c.train.batch_size, self.step, c.train.steps, c.model.vocab_size
@@ -120,8 +120,11 @@ class Trainer:
                 clock.tick()
                 stop = arrived[0] if arrived else None  # read once: a later one ends the next step
                 save = self.step in self.permanent or self._every(c.checkpoint.every) or stop
-                valid = self.valid_rows is not None and self._due(c.train.valid_every)
-                if self._due(c.log.every) or save or valid:
+                valid = self.valid_tokens is not None and self._due(c.train.valid_every)
+                log = valid or self._due(c.log.every)
+                if save or log:
+                    self._check_finite(loss.item(), norm.item())
+                if log:
                     row = self._row(loss.item(), norm.item(), clock.rate())
                     if valid:
                         row["valid_loss"] = self.validate()
@@ -142,14 +145,16 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self._every(every) or self.step == self.config.train.steps
 
-    def _row(self, loss: float, norm: float, tokens_per_s: float) -> dict[str, Any]:
-        c = self.config
+    def _check_finite(self, loss: float, norm: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(norm):
             newest = checkpoint.newest(self.run_dir)
             raise CheckError(
                 f"step {self.step}: loss {loss}, gradient norm {norm}; "
                 f"the newest checkpoint is step {newest} in {self.run_dir}"
             )
+
+    def _row(self, loss: float, norm: float, tokens_per_s: float) -> dict[str, Any]:
+        c = self.config
         return {
             "step": self.step,
             "tokens": self.step * c.tokens_per_step,
@@ -168,39 +173,43 @@ class Trainer:
 
     # --- state on disk ---
 
-    def _load_newest(self) -> bool:
-        """Loads the newest complete checkpoint, if there is one, and checks its data."""
+    def _load_newest(self) -> str:
+        """Loads the newest complete checkpoint, or draws the initial weights.
+
+        Returns the ledger's running digest there. Refuses a checkpoint of another recipe, and data
+        that differ from what it was trained on.
+        """
         checkpoint.clean(self.run_dir)
         step = checkpoint.newest(self.run_dir)
         if step is None:
-            return False
-        path = self.run_dir / "checkpoints" / f"step{step}"
+            initialise(self.model, self.config.train.seed)
+            self.optimizer.sync_weights(from_model=True)
+            return RUNNING_START
+        path = checkpoint.directory(self.run_dir, step)
+        manifest = checkpoint.read_manifest(path)
+        imported = "ledger" not in manifest  # weights alone, no history
+        _check_recipe(path, self.config, imported)
         state = self.optimizer.state()
-        if "ledger" not in checkpoint.read_manifest(path):  # imported: weights alone, no history
-            checkpoint.load(path, {k: v for k, v in state.items() if k.startswith("model.")})
-            self.optimizer.resume_at(0)
-            say(f"starting from {path}")
-            return True
-        manifest = checkpoint.load(path, state)
+        wanted = {k: v for k, v in state.items() if k.startswith("model.") or not imported}
+        checkpoint.load(path, wanted)
         self.step = step
         self.optimizer.resume_at(step)
+        say(f"{'starting' if imported else 'resuming'} from {path}")
+        if imported:
+            return RUNNING_START
         changed = manifest["data_files"] != ledger.files_state(self.config.data.prefix)
-        ledger.verify(
-            self.run_dir, self.rows, self.config.train.batch_size,
-            ledger.to_verify(step, self.config.tokens_per_step, changed),
-        )  # fmt: skip
-        say(f"resuming from {path}")
-        return True
+        steps = ledger.to_verify(step, self.config.tokens_per_step, changed)
+        ledger.Ledger(self.run_dir, step, manifest["ledger"]).close()
+        ledger.verify(self.run_dir, self.rows, self.config.train.batch_size, steps)
+        return str(manifest["ledger"])
 
     def _save(self) -> None:
         self.book.sync()
         self.metrics.sync()
         extra = {
             "config": flatten(self.config),
-            "config_digest": self.config.digest,
             "tokens": self.step * self.config.tokens_per_step,
             "ledger": self.book.running,
-            "data_fingerprint": self.rows.fingerprint,
             "data_files": ledger.files_state(self.config.data.prefix),
         }
         permanent = self.step in self.permanent
@@ -269,20 +278,34 @@ def train(config: Config, run: Path) -> dict[str, Any]:
     for line in differences(config):
         say(f"differs from the published recipe: {line}")
     with checkpoint.RunLock(run):
-        _keep_page(config, run / "config.toml")
         return Trainer(config, run).run()
 
 
-def _keep_page(config: Config, path: Path) -> None:
-    """Saves the resolved page; refuses to continue a run whose page decides other losses."""
-    if path.exists():
-        before = load(path).decisive
-        for key, value in config.decisive.items():
-            if value != before[key]:
-                raise InputError(
-                    f"{path.parent} was trained with {key} = {before[key]!r}, not {value!r}: "
-                    "choose another directory with --run"
-                )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_toml(config))
-    temporary.replace(path)
+# what an imported model computes; its activation and rotary table are the trainer's choice, because
+# the published files name the exact GELU for models trained with the tanh form
+_FUNCTION = ("layers", "hidden", "heads", "vocab_size", "rotary_pct", "rotary_base", "norm_eps")
+
+
+def _check_recipe(path: Path, config: Config, imported: bool) -> None:
+    """Refuses to continue a checkpoint under a page that decides other losses."""
+    before, now = checkpoint.config_of(path).decisive, config.decisive
+    for key in (f"model.{name}" for name in _FUNCTION) if imported else now:
+        if before[key] != now[key]:
+            raise InputError(
+                f"{path} was trained with {key} = {before[key]!r}, not {now[key]!r}: "
+                "choose another directory with --run"
+            )
+
+
+def _valid_tokens(config: Config) -> np.ndarray | None:
+    """The held-out rows (train.valid_rows, T + 1), checked; None where the page names none."""
+    rows, wanted = valid_rows_from(config), config.train.valid_rows
+    if rows is None:
+        return None
+    prefix = config.data.valid_prefix
+    if len(rows) < wanted:
+        raise InputError(f"{prefix} holds {len(rows)} rows, train.valid_rows = {wanted}")
+    try:
+        return read_batch(rows, 0, wanted, config.model.vocab_size).tokens
+    except InputError as error:
+        raise InputError(f"{prefix}: {error}") from None

@@ -151,6 +151,16 @@ def test_digest_against_a_ledger_of_other_data_fails(
     assert "the data of step 0 differs from its ledger" in capsys.readouterr().err
 
 
+def test_digest_against_a_ledger_with_holes_fails(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (trained[1] / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "ledger.jsonl").write_text(lines[0] + lines[1] + lines[4])
+    code = main(["data", "digest", str(trained[0]), "--against", str(tmp_path)])
+    assert code == 1
+    assert "its ledger has no step 2" in capsys.readouterr().err
+
+
 def test_a_run_that_is_done_stays_done(
     trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,4 +241,4 @@ def test_an_imported_model_trains_on(
     assert main(["import", str(tmp_path / "hf"), "--run", str(other)]) == 0
     capsys.readouterr()
     line = fails(capsys, "train", page, "--run", other, "--model.hidden", "64")
-    assert "model.embed_out.weight" in line and "expected float32 [64, 64]" in line
+    assert "was trained with model.hidden = 32, not 64" in line

@@ -73,10 +73,14 @@ def test_wandb_gets_the_numbers_of_a_row(tmp_path: Path, monkeypatch: pytest.Mon
     )
     fake.init = lambda **arguments: calls.append(arguments) or run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "mine").mkdir()
     trackers = Trackers(resolve({"log.wandb": "suite"}), tmp_path / "mine")
     trackers.log(ROW)
     trackers.close()
-    assert calls[0]["project"] == "suite" and calls[0]["id"] == "mine"
+    assert calls[0]["project"] == "suite" and calls[0]["name"] == "mine"
+    again = Trackers(resolve({"log.wandb": "suite"}), tmp_path / "mine")
+    assert calls.pop()["id"] == calls[0]["id"]  # a resumed run continues its curve
+    del again
     assert calls[0]["resume"] == "allow" and calls[0]["config"]["train.steps"] == 143000
     assert calls[1:] == [({"loss": 1.5, "tokens": 12}, 3), "finish"]
 

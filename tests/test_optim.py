@@ -82,13 +82,13 @@ class Toy(nn.Module):
 
 
 def numpy_adamw(
-    values, grads_by_step, lr_by_step, decay, clip=1.0, wd=0.1, b1=0.9, b2=0.95, eps=1e-8
+    values, grads_by_step, lr_by_step, decay, clip=1.0, wd=0.1, b1=0.9, b2=0.95, eps=1e-8, offset=1
 ):  # type: ignore[no-untyped-def]
     """The formula of apex FusedAdam with clipping by the global norm, in float64."""
     m = {k: np.zeros_like(v) for k, v in values.items()}
     v2 = {k: np.zeros_like(v) for k, v in values.items()}
     norms = []
-    for t, (grads, lr) in enumerate(zip(grads_by_step, lr_by_step, strict=True), start=1):
+    for t, (grads, lr) in enumerate(zip(grads_by_step, lr_by_step, strict=True), start=1 + offset):
         norm = math.sqrt(sum(float((g**2).sum()) for g in grads.values()))
         norms.append(norm)
         factor = min(1.0, clip / (norm + 1e-6))
@@ -156,6 +156,7 @@ ADAMW_MUTANTS = [
     Mutant("gradients never start afresh", "pythia_fast/optim.py", "self._fresh = True\n        return", "return"),
     Mutant("no clipping", "pythia_fast/optim.py", ".clamp(max=1.0)", ".clamp(min=1.0, max=1.0)"),
     Mutant("compute weights not written", "pythia_fast/optim.py", "self._torch.step()\n            self.sync_weights()", "self._torch.step()"),
+    Mutant("no step before the first", "pythia_fast/optim.py", 'torch.tensor(float(c.step_offset), device', 'torch.tensor(0.0, device'),
     Mutant("step count stands still", "pythia_fast/optim.py", "self.steps_taken += 1", "self.steps_taken = 1"),
 ]  # fmt: skip
 

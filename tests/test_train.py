@@ -16,7 +16,7 @@ from corpus import write_pair
 from kernel_proof import Mutant, assert_killed
 
 import pythia_fast.train as real
-from pythia_fast import checkpoint
+from pythia_fast import checkpoint, ledger
 from pythia_fast.config import load
 from pythia_fast.data.commands import digest
 from pythia_fast.errors import CheckError, InputError
@@ -78,7 +78,7 @@ def test_microbatches_do_not_change_the_step(straight: tuple[Path, Path], tmp_pa
 
 
 STEP_MUTANTS = [
-    Mutant("microbatches each count as a step", "pythia_fast/train.py", "1.0 / (tokens.shape[0] *", "1.0 / (c.train.micro_batch_size *"),
+    Mutant("microbatches each count as a step", "pythia_fast/train.py", "1.0 / (tokens.shape[0] * (tokens.shape[1] - 1))  # 1", "1.0 / (c.train.micro_batch_size * (tokens.shape[1] - 1))  # 1"),
     Mutant("only the last microbatch counts", "pythia_fast/train.py", "            self.optimizer.accumulate()\n            loss +=", "            self.optimizer._fresh = True; self.optimizer.accumulate()\n            loss +="),
     Mutant("learning rate one step ahead", "pythia_fast/train.py", "learning_rate(c.optimizer, self.step, c.train.steps))\n        self.step", "learning_rate(c.optimizer, self.step + 1, c.train.steps))\n        self.step"),
     Mutant("optimizer state not loaded", "pythia_fast/train.py", "self.optimizer.resume_at(step)", "self.optimizer.exp_avg.zero_(); self.optimizer.resume_at(step)"),
@@ -269,3 +269,113 @@ def test_bf16_weights_follow_an_fp32_master(straight: tuple[Path, Path], tmp_pat
     saved = checkpoint.load_all(checkpoint.directory(tmp_path / "run", 40))
     assert all(t.dtype.itemsize == 4 for t in saved.values())
     assert any((t.bfloat16().float() != t).any() for t in saved.values())
+
+
+def test_bf16_resumes_bit_for_bit(tmp_path: Path) -> None:
+    page = tiny_run.make_page(tmp_path)
+    config = load(page, ["--precision.compute", "bf16", "--train.steps", "12"])
+    real.train(config, tmp_path / "straight")
+    train_stopping_at(real, config, tmp_path / "resumed", 10)
+    real.train(config, tmp_path / "resumed")
+    straight, resumed = (tiny_run.result(tmp_path / n, 12) for n in ("straight", "resumed"))
+    assert straight == resumed
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_between_step_and_save_ends_the_next_step(
+    signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives during validation, after the step has decided whether to save."""
+    page = tiny_run.make_page(tmp_path)
+    validate = real.Trainer.validate
+
+    def signalled(self: real.Trainer) -> float:
+        signal.raise_signal(signum)
+        return validate(self)
+
+    monkeypatch.setattr(real.Trainer, "validate", signalled)
+    with pytest.raises(real.Stopped, match="saved at step 21") as stopped:
+        real.train(load(page), tmp_path / "run")
+    assert stopped.value.signum == signum
+    assert checkpoint.newest(tmp_path / "run") == 21
+
+
+def test_rows_are_logged_when_due_however_the_run_was_stopped(tmp_path: Path) -> None:
+    page = tiny_run.make_page(tmp_path)
+    config = load(page, ["--log.every", "7", "--train.valid_every", "20"])
+    train_stopping_at(real, config, tmp_path / "run", 23)
+    real.train(config, tmp_path / "run")
+    steps = [row["step"] for row in tiny_run.rows(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [7, 14, 20, 21, 28, 35, 40]
+
+
+def test_a_mistake_before_the_first_checkpoint_can_be_put_right(tmp_path: Path) -> None:
+    page = tiny_run.make_page(tmp_path)
+    wrong = ["--data.prefix", "nowhere/x", "--train.batch_size", "4"]
+    with pytest.raises(InputError, match="nowhere"):
+        real.train(load(page, wrong), tmp_path / "run")
+    real.train(load(page, ["--train.steps", "2"]), tmp_path / "run")
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> tuple[Path, Path]:
+    """(page, run) of a run stopped at step 21."""
+    page = tiny_run.make_page(tmp_path)
+    train_stopping_at(real, load(page), tmp_path / "run", 21)
+    return page, tmp_path / "run"
+
+
+def test_the_checkpoint_itself_knows_its_recipe(stopped: tuple[Path, Path]) -> None:
+    page, run = stopped
+    (run / "config.toml").unlink()
+    with pytest.raises(InputError, match=r"step21 was trained with model\.heads = 2, not 4"):
+        real.train(load(page, ["--model.heads", "4"]), run)
+
+
+def test_a_forged_ledger_is_refused(stopped: tuple[Path, Path]) -> None:
+    page, run = stopped
+    path = run / "ledger.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    forged = lines.copy()
+    forged[5] = forged[5].replace(b'"digest": "', b'"digest": "0')
+    for damage, message in (
+        (forged, "is not the ledger of the checkpoint at step 21"),
+        (lines[:5] + lines[6:], "20 rows where 21 are needed"),
+        ([*lines[:5], lines[5][:30] + b"\n", *lines[6:]], "line 6 is damaged"),
+    ):
+        path.write_bytes(b"".join(damage))
+        with pytest.raises(InputError, match=message):
+            real.train(load(page), run)
+        assert path.read_bytes() == b"".join(damage)  # refused, and left as it was
+    path.write_bytes(b"".join(lines))
+    real.train(load(page), run)
+
+
+def test_held_out_tokens_are_checked_before_training(tmp_path: Path) -> None:
+    page = tiny_run.make_page(tmp_path)
+    write_pair(tmp_path / "valid", [*tiny_run.documents(20, 1)[:3], np.full(60, 77)])
+    with pytest.raises(InputError, match=r"valid: .*row \d+, position \d+: token id 77 is outside"):
+        real.train(load(page), tmp_path / "run")
+    with pytest.raises(InputError, match=r"valid holds \d+ rows, train\.valid_rows = 5000"):
+        real.train(load(page, ["--train.valid_rows", "5000"]), tmp_path / "run")
+
+
+def test_a_long_run_is_verified_in_samples_and_the_first_difference_found(
+    straight: tuple[Path, Path], tmp_path: Path
+) -> None:
+    page, run = straight
+    assert list(ledger.to_verify(2000, 1_000_000, data_changed=True)) == list(range(2000))
+    assert list(ledger.to_verify(2000, 100, data_changed=False)) == list(range(2000))
+    sampled = ledger.to_verify(143_000, 2_097_152, data_changed=False)
+    assert len(sampled) == 256 and sampled[0] == 0 and sampled[-1] == 142_999
+
+    class Differing:
+        """The run's rows, but for those of step 3 and later."""
+
+        def tokens(self, start: int, stop: int) -> np.ndarray:
+            tokens = real.rows_from(load(page)).tokens(start, stop)
+            return tokens if start < 24 else (tokens + 1) % 64
+
+    with pytest.raises(InputError, match="first at step 3 "):
+        ledger.verify(run, Differing(), 8, [0, 2, 10, 20, 39])  # type: ignore[arg-type]
+    ledger.verify(run, real.rows_from(load(page)), 8, [0, 2, 10, 20, 39])

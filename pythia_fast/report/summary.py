@@ -16,8 +16,8 @@ from pythia_fast.report.figures import loss_figure
 _ENTROPY_TOKENS = 100_000_000  # more change the third decimal and take minutes
 
 
-def summarise(config: Config, run: Path, last: dict[str, Any]) -> dict[str, Any]:
-    """Draws the loss figure, continues log.sample; {"run", ..., "text"} with text for people."""
+def summarise(config: Config, run: Path, last: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Draws the loss figure and continues log.sample; the result for scripts, and for people."""
     unigram = unigram_entropy(config)
     figure = loss_figure(run, unigram)
     saved = checkpoint.steps(run)
@@ -45,7 +45,7 @@ def summarise(config: Config, run: Path, last: dict[str, Any]) -> dict[str, Any]
         f"metrics      {run / 'metrics.jsonl'}",
         f"ledger       {run / 'ledger.jsonl'}",
     ]
-    return {**summary, "text": "\n".join(lines)}
+    return summary, "\n".join(lines)
 
 
 def unigram_entropy(config: Config) -> float:
