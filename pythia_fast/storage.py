@@ -12,8 +12,10 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
+from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -277,8 +279,8 @@ class _MetadataUnpickler(pickle._Unpickler):  # the one in Python: its opcodes c
         return _ALLOWED[module, name]
 
     def _build(self: Any) -> None:
-        """BUILD sets the attributes of an object; on a class that would change the program."""
-        if callable(self.stack[-2]):
+        """BUILD sets attributes; on a class or an enum's member that would change the program."""
+        if callable(self.stack[-2]) or isinstance(self.stack[-2], Enum):
             raise pickle.UnpicklingError(f"it sets attributes of {self.stack[-2]!r}")
         pickle._Unpickler.dispatch[pickle.BUILD[0]](self)
 
@@ -300,6 +302,7 @@ def _check_metadata(metadata: Any, files: dict[str, Any]) -> None:
         if type(shape) is not torch.Size or type(dtype) is not torch.dtype:
             raise ValueError(f"{name} has no shape or no dtype")
         stored = 0
+        _check_disjoint(name, shape, entry.chunks)
         for chunk in entry.chunks:
             info = metadata.storage_data[dcp_metadata.MetadataIndex(name, chunk.offsets)]
             elements = math.prod(chunk.sizes)
@@ -313,3 +316,15 @@ def _check_metadata(metadata: Any, files: dict[str, Any]) -> None:
             stored += elements
         if stored != math.prod(shape):
             raise ValueError(f"{name} is stored in part: {stored} of {math.prod(shape)} elements")
+
+
+def _check_disjoint(name: str, shape: torch.Size, chunks: Sequence[Any]) -> None:
+    """Each chunk a box within the tensor, no two of them sharing an element."""
+    boxes = [(tuple(c.offsets), tuple(c.sizes)) for c in chunks]
+    for offsets, sizes in boxes:
+        inside = zip(offsets, sizes, shape, strict=True)
+        if not all(o >= 0 and n >= 0 and o + n <= whole for o, n, whole in inside):
+            raise ValueError(f"{name} has a chunk outside of its shape {list(shape)}")
+    for (a, size_a), (b, size_b) in combinations(boxes, 2):
+        if all(x < y + m and y < x + n for x, n, y, m in zip(a, size_a, b, size_b, strict=True)):
+            raise ValueError(f"{name} has two chunks that overlap")

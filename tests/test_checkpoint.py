@@ -384,6 +384,9 @@ def polluting_pickles() -> dict[str, bytes]:
     return {
         "BUILD on a class": cls + b"(N}S'version'\nS'stolen'\nstb.",
         "BUILD on a function": b"ctorch.serialization\n_get_layout\n(N}S'stolen'\nI1\nstb.",
+        "BUILD on a member": b"c"
+        + module
+        + b"\n_MEM_FORMAT_ENCODING\n(I0\ntR(dS'_name_'\nS'evil'\nsb.",
         "a class for an object": cls + b".",
         "a list": pickle.dumps([1, 2]),
         "a layout": b"ctorch.serialization\n_get_layout\n(S'os.system'\ntR.",
@@ -423,6 +426,7 @@ def test_metadata_can_not_change_the_program(tmp_path: Path, name: str) -> None:
     refuses(storage, save(tmp_path, 1), polluting_pickles()[name])
     assert storage.dcp.Metadata.version is None
     assert not hasattr(torch.serialization._get_layout, "stolen")
+    assert storage.dcp_metadata._MEM_FORMAT_ENCODING(0).name != "evil"
 
 
 @pytest.mark.parametrize(
@@ -511,6 +515,18 @@ def in_part(metadata: Any) -> None:
     metadata.state_dict_metadata["model.a"].size = torch.Size([65, 48])
 
 
+def repeated(metadata: Any) -> None:
+    """Its only chunk twice: half of the tensor would stay as the memory came."""
+    entry = metadata.state_dict_metadata["model.a"]
+    entry.size = torch.Size([2 * entry.size[0], entry.size[1]])
+    entry.chunks = entry.chunks * 2
+
+
+def out_of_bounds(metadata: Any) -> None:
+    entry = metadata.state_dict_metadata["model.a"]
+    entry.size = torch.Size(reversed(entry.size))
+
+
 def not_a_tensor(metadata: Any) -> None:
     metadata.state_dict_metadata["model.a"] = metadata.state_dict_metadata["model.a"].chunks[0]
 
@@ -520,7 +536,11 @@ def unstored(metadata: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [outside, beyond, negative, transformed, huge, in_part, not_a_tensor, unstored]
+    "change",
+    [
+        *(outside, beyond, negative, transformed, huge, in_part, repeated, out_of_bounds),
+        *(not_a_tensor, unstored),
+    ],
 )
 def test_forged_table_is_refused(tmp_path: Path, change: Callable[[Any], None]) -> None:
     path = save(tmp_path, 1)

@@ -76,6 +76,8 @@ BAD = [
         ["train", "{page}", "--data.order", "sequential", "--train.steps", "900"],
         "the run needs 7200",
     ),
+    (["train", "{page}", "--data.prefix", ""], "data.prefix = '': name the token files"),
+    (["train", "{page}", "--model.rotary_base", "0"], "model.rotary_base = 0.0 must be positive"),
     (["train", "{page}", "--kernels.backend", "triton"], "needs a GPU"),
     (["data", "view", "{page}", "--step", "5:5"], "--step 5:5: expected 0 <= A < B"),
     (["data", "view", "{page}", "--step", "x"], "expected A or A:B"),

@@ -40,6 +40,8 @@ Tokens = NDArray[Any]
 def split_prefix(prefix: str | Path) -> Path:
     """``.../document`` of ``.../document``, ``.../document.bin`` or ``.../document.idx``."""
     path = Path(prefix)
+    if not path.name:
+        raise InputError(f"data.prefix = {str(prefix)!r}: name the token files, DIR/document")
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
 
 
