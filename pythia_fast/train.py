@@ -186,12 +186,17 @@ class Trainer:
             self.optimizer.sync_weights(from_model=True)
             return RUNNING_START
         path = checkpoint.directory(self.run_dir, step)
-        manifest = checkpoint.read_manifest(path)
-        imported = "ledger" not in manifest  # weights alone, no history
-        _check_recipe(path, self.config, imported)
-        state = self.optimizer.state()
-        wanted = {k: v for k, v in state.items() if k.startswith("model.") or not imported}
-        checkpoint.load(path, wanted)
+        try:
+            manifest = checkpoint.read_manifest(path)
+            imported = "ledger" not in manifest  # weights alone, no history
+            _check_recipe(path, self.config, imported)
+            state = self.optimizer.state()
+            wanted = {k: v for k, v in state.items() if k.startswith("model.") or not imported}
+            checkpoint.load(path, wanted)
+        except CheckError as error:
+            before = [s for s in checkpoint.steps(self.run_dir) if s < step]
+            way_out = f"; remove {path} to continue from step {before[-1]}" if before else ""
+            raise CheckError(f"{error}{way_out}") from None
         self.step = step
         self.optimizer.resume_at(step)
         say(f"{'starting' if imported else 'resuming'} from {path}")

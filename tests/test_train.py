@@ -379,3 +379,13 @@ def test_a_long_run_is_verified_in_samples_and_the_first_difference_found(
     with pytest.raises(InputError, match="first at step 3 "):
         ledger.verify(run, Differing(), 8, [0, 2, 10, 20, 39])  # type: ignore[arg-type]
     ledger.verify(run, real.rows_from(load(page)), 8, [0, 2, 10, 20, 39])
+
+
+def test_a_damaged_checkpoint_names_the_one_before_it(stopped: tuple[Path, Path]) -> None:
+    page, run = stopped
+    shard = next((run / "checkpoints" / "step21").glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CheckError, match=r"remove .*step21 to continue from step 20"):
+        real.train(load(page), run)
