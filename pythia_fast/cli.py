@@ -250,7 +250,7 @@ def _steps(text: str) -> tuple[int, int]:
 def _decoder(tokenizer: str) -> Callable[[list[int]], str]:
     if not tokenizer:
         return lambda ids: " ".join(map(str, ids))
-    from pythia_fast.generate import load_tokenizer
+    from pythia_fast.data.build import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     return lambda ids: json.dumps(loaded.decode(ids, skip_special_tokens=False), ensure_ascii=False)

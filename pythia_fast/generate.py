@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pythia_fast import checkpoint
+from pythia_fast.data.build import END_OF_TEXT, load_tokenizer
 from pythia_fast.errors import InputError
 from pythia_fast.kernels import reference
 from pythia_fast.model import Attend, Pythia, materialise
@@ -110,18 +111,6 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Pythia:
     return model
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """A `tokenizers.Tokenizer` from its JSON file."""
-    from tokenizers import Tokenizer
-
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such tokenizer; name one with --tokenizer FILE")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise InputError(f"{path}: not a tokenizer: {error}") from None
-
-
 def continue_texts(
     path: Path,
     prompts: Sequence[str],
@@ -146,11 +135,10 @@ def continue_texts(
             raise InputError(
                 f"the tokenizer gives id {max(ids)}, the model has {model.config.vocab_size}"
             )
-    rows = generate(model, encoded, max_new_tokens, temperature, seed, coder.token_to_id(EOD))
+    rows = generate(
+        model, encoded, max_new_tokens, temperature, seed, coder.token_to_id(END_OF_TEXT)
+    )
     return [
         {"prompt": prompt, "tokens": row, "text": coder.decode(row)}
         for prompt, row in zip(prompts, rows, strict=True)
     ]
-
-
-EOD = "<|endoftext|>"

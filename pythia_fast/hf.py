@@ -17,11 +17,11 @@ import torch
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from pythia_fast import checkpoint
 from pythia_fast.config import Config, Model, flatten, resolve
+from pythia_fast.data.build import END_OF_TEXT, load_tokenizer
 from pythia_fast.errors import InputError
 from pythia_fast.progress import console
 from pythia_fast.storage import publish
@@ -42,7 +42,6 @@ _LEGACY_BUFFER = re.compile(
     r"gpt_neox\.(layers\.\d+\.attention\.(bias|masked_bias)|"
     r"(layers\.\d+\.attention\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached))"
 )
-_END_OF_TEXT = "<|endoftext|>"
 
 
 def shapes(m: Model) -> dict[str, tuple[int, ...]]:
@@ -202,16 +201,9 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _read_tokenizer(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{path} is not a tokenizer: {error}") from error
-
-
 def _end_of_text(path: Path) -> int:
     """The id of <|endoftext|>; 0, the suite's, where the tokenizer has none."""
-    return _read_tokenizer(path).token_to_id(_END_OF_TEXT) or 0
+    return load_tokenizer(path).token_to_id(END_OF_TEXT) or 0
 
 
 def _tokenizer_files(path: Path, vocab_size: int) -> dict[str, bytes]:
@@ -220,15 +212,15 @@ def _tokenizer_files(path: Path, vocab_size: int) -> dict[str, bytes]:
     PreTrainedTokenizerFast is the class that takes tokenizer.json as it is: GPTNeoXTokenizer of
     transformers 5 keeps its vocabulary and merges and replaces the rest by its own.
     """
-    tokenizer = _read_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
         raise InputError(
             f"{path}: token id {largest} is beyond the model's vocabulary {vocab_size}"
         )
     special = {}
-    if tokenizer.token_to_id(_END_OF_TEXT) is not None:
-        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT)
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     return {
         "tokenizer.json": path.read_bytes(),
         "special_tokens_map.json": _json(special),

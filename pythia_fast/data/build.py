@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|padding|>"
 UINT16_VOCABULARY = 65500  # below this the original stores uint16, else int32
+LINES_A_REPORT = 256  # of progress
 BLOCK_BYTES = 1 << 20  # of text handed to a process at a time, and of a read
 HOLD_OUT = 20  # every 20th document of the quickstart corpus is for validation
 
@@ -89,8 +90,7 @@ def build(
 
         def documents() -> Iterator[Document]:
             for path in files:
-                yield from read_documents(path, key)
-                advance(path.stat().st_size, "")
+                yield from read_documents(path, key, advance)
 
         return write_documents(documents(), tokenizer, out, append_eod=append_eod, workers=workers)
 
@@ -198,16 +198,24 @@ def find_texts(inputs: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def read_documents(path: Path, key: str) -> Iterator[Document]:
-    """The documents of one file; blank lines of JSONL are none."""
+def read_documents(
+    path: Path, key: str, advance: Callable[[float, str], None]
+) -> Iterator[Document]:
+    """The documents of one file; blank lines of JSONL are none. advance: told the bytes read."""
     if path.suffix == ".txt":
         yield Document(str(path), path.read_bytes())
+        advance(path.stat().st_size, "")
         return
     with path.open("rb") as file:
+        told = 0
         lines = _zst_lines(file, path) if path.suffix == ".zst" else file
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield Document(f"{path}:{number}", line, key)
+            if number % LINES_A_REPORT == 0:
+                advance(file.tell() - told, "")
+                told = file.tell()
+        advance(file.tell() - told, "")
 
 
 def _zst_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pythia_fast.data.build import build
 from pythia_fast.data.files import ahead, progress, publish, sha256_file
 from pythia_fast.data.indexed import IndexedDataset, beside, bin_paths, split_prefix
 from pythia_fast.data.loader import RUNNING_START, Batch, read_batch, running_digest
@@ -23,8 +22,6 @@ from pythia_fast.errors import CheckError, InputError
 
 if TYPE_CHECKING:
     from pythia_fast.config import Config
-
-__all__ = ["build", "digest", "join", "rows_from", "valid_rows_from", "verify", "view"]
 
 COPY_BYTES = 1 << 24
 
@@ -192,11 +189,10 @@ def _sums(paths: Sequence[str | Path], checksums: Path) -> Iterator[dict[str, An
     ):
 
         def hashed(path: Path) -> str | None:
-            return sha256_file(path) if path.is_file() else None
+            return sha256_file(path, advance) if path.is_file() else None
 
         sums = ahead(pool, hashed, (path for path, _ in targets), depth=workers)
-        for (path, wanted), size, sha256 in zip(targets, sizes, sums, strict=True):
-            advance(size, "")
+        for (path, wanted), sha256 in zip(targets, sums, strict=True):
             ok = sha256 == wanted
             yield {"path": str(path), "ok": ok, "sha256": sha256, "expected": wanted}
 

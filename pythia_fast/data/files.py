@@ -18,6 +18,7 @@ from typing import BinaryIO, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+HASH_BYTES = 8 << 20
 PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 
@@ -56,10 +57,15 @@ def locked(path: Path) -> Iterator[bool]:
             yield True
 
 
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read once and not mapped."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_file(path: Path, advance: Callable[[float, str], None] | None = None) -> str:
+    """Hex sha256 of a file's bytes, read once and not mapped. advance: told the bytes hashed."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(HASH_BYTES):
+            digest.update(block)
+            if advance is not None:
+                advance(len(block), "")
+    return digest.hexdigest()
 
 
 def ahead(
