@@ -14,7 +14,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar
@@ -244,19 +243,16 @@ def read_metadata(path: Path, files: dict[str, Any]) -> dcp.Metadata:
     return metadata
 
 
+_RECORDS = (
+    dcp_metadata.ChunkStorageMetadata,
+    dcp_metadata.Metadata,
+    dcp_metadata.MetadataIndex,
+    dcp_metadata.TensorProperties,
+    dcp_metadata.TensorStorageMetadata,
+    _StorageInfo,
+)
 _ALLOWED: dict[tuple[str, str], Any] = {
-    **{
-        (dcp_metadata.__name__, cls.__name__): cls
-        for cls in (
-            dcp_metadata.ChunkStorageMetadata,
-            dcp_metadata.Metadata,
-            dcp_metadata.MetadataIndex,
-            dcp_metadata.TensorProperties,
-            dcp_metadata.TensorStorageMetadata,
-            dcp_metadata._MEM_FORMAT_ENCODING,
-        )
-    },
-    (_StorageInfo.__module__, _StorageInfo.__name__): _StorageInfo,
+    **{(c.__module__, c.__name__): c for c in (*_RECORDS, dcp_metadata._MEM_FORMAT_ENCODING)},
     ("torch", "Size"): torch.Size,
     # a look-up of "torch.strided" in a fixed table
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
@@ -279,8 +275,8 @@ class _MetadataUnpickler(pickle._Unpickler):  # the one in Python: its opcodes c
         return _ALLOWED[module, name]
 
     def _build(self: Any) -> None:
-        """BUILD sets attributes; on a class or an enum's member that would change the program."""
-        if callable(self.stack[-2]) or isinstance(self.stack[-2], Enum):
+        """BUILD sets attributes: of a record made here, never of what the program shares."""
+        if type(self.stack[-2]) not in _RECORDS:
             raise pickle.UnpicklingError(f"it sets attributes of {self.stack[-2]!r}")
         pickle._Unpickler.dispatch[pickle.BUILD[0]](self)
 

@@ -384,9 +384,7 @@ def polluting_pickles() -> dict[str, bytes]:
     return {
         "BUILD on a class": cls + b"(N}S'version'\nS'stolen'\nstb.",
         "BUILD on a function": b"ctorch.serialization\n_get_layout\n(N}S'stolen'\nI1\nstb.",
-        "BUILD on a member": b"c"
-        + module
-        + b"\n_MEM_FORMAT_ENCODING\n(I0\ntR(dS'_name_'\nS'evil'\nsb.",
+        "BUILD on a member": b"c%b\n_MEM_FORMAT_ENCODING\n(I0\ntR}S'_name_'\nS'evil'\nsb." % module,
         "a class for an object": cls + b".",
         "a list": pickle.dumps([1, 2]),
         "a layout": b"ctorch.serialization\n_get_layout\n(S'os.system'\ntR.",
@@ -451,6 +449,24 @@ def test_unpickler_mutants(tmp_path: Path, old: str, new: str) -> None:
             assert not sentinel.exists()
 
     assert_killed(Mutant(new, "pythia_fast/storage.py", old, new), check, tmp_path)
+
+
+def test_build_mutant(tmp_path: Path) -> None:
+    """BUILD happens before any refusal: only the member's name tells."""
+    path, member = save(tmp_path / "run", 1), storage.dcp_metadata._MEM_FORMAT_ENCODING(0)
+    name = member.name
+
+    def check(module: ModuleType) -> None:
+        try:
+            refuses(module, path, polluting_pickles()["BUILD on a member"])
+            assert member.name == name
+        finally:
+            member._name_ = name
+
+    check(storage)
+    old = "if type(self.stack[-2]) not in _RECORDS:"
+    mutant = Mutant("only classes", "pythia_fast/storage.py", old, "if callable(self.stack[-2]):")
+    assert_killed(mutant, check, tmp_path)
 
 
 def test_hostile_shard_is_refused_before_it_runs(tmp_path: Path) -> None:
@@ -522,6 +538,20 @@ def repeated(metadata: Any) -> None:
     entry.chunks = entry.chunks * 2
 
 
+def second_chunk(metadata: Any, at: int) -> None:
+    """model.a, [64, 48], grows to [128, 48]: its bytes again from row `at` on."""
+    entry = metadata.state_dict_metadata["model.a"]
+    offsets, sizes = torch.Size([at, 0]), entry.chunks[0].sizes
+    entry.size = torch.Size([128, 48])
+    entry.chunks.append(storage.dcp_metadata.ChunkStorageMetadata(offsets, sizes))
+    index = storage.dcp_metadata.MetadataIndex("model.a", offsets)
+    metadata.storage_data[index] = first_info(metadata)
+
+
+def overlapping(metadata: Any) -> None:
+    second_chunk(metadata, at=32)
+
+
 def out_of_bounds(metadata: Any) -> None:
     entry = metadata.state_dict_metadata["model.a"]
     entry.size = torch.Size(reversed(entry.size))
@@ -538,8 +568,8 @@ def unstored(metadata: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        *(outside, beyond, negative, transformed, huge, in_part, repeated, out_of_bounds),
-        *(not_a_tensor, unstored),
+        *(outside, beyond, negative, transformed, huge, in_part, repeated, overlapping),
+        *(out_of_bounds, not_a_tensor, unstored),
     ],
 )
 def test_forged_table_is_refused(tmp_path: Path, change: Callable[[Any], None]) -> None:
@@ -550,6 +580,35 @@ def test_forged_table_is_refused(tmp_path: Path, change: Callable[[Any], None]) 
     forge(path, change)
     with pytest.raises(CheckError, match="metadata is refused: "):
         checkpoint.load_all(path)
+
+
+def test_chunks_that_fill_a_tensor_are_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    a = checkpoint.load_all(path)["a"]
+    forge(path, lambda metadata: second_chunk(metadata, at=64))
+    assert torch.equal(checkpoint.load_all(path)["a"], torch.cat([a, a]))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "change"),
+    [
+        ("        _check_disjoint(name, shape, entry.chunks)\n", "", repeated),
+        ("and o + n <= whole", "", out_of_bounds),
+        ("x < y + m and y < x + n", "x == y and m == n", overlapping),
+    ],
+)
+def test_forged_table_mutants(
+    tmp_path: Path, old: str, new: str, change: Callable[[Any], None]
+) -> None:
+    path = save(tmp_path, 1)
+    forge(path, change)
+    payload = (path / ".metadata").read_bytes()
+    refuses(storage, path, payload)
+
+    def check(module: ModuleType) -> None:
+        refuses(module, path, payload)
+
+    assert_killed(Mutant(old, "pythia_fast/storage.py", old, new), check, tmp_path)
 
 
 # --- faults ---------------------------------------------------------------------------------------
