@@ -157,7 +157,8 @@ def run_child(
             child.kill()
             out, err = child.communicate()
             status = "timeout"
-    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    # a killed child may leave its last line cut short
+    rows = [json.loads(s) for s in out.splitlines() if s.startswith("{") and s.endswith("}")]
     if child.returncode == 0:
         return rows, None
     if child.returncode == SANITIZER_FOUND_ERRORS:

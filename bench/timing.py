@@ -118,8 +118,11 @@ def _nvml(read: Callable[[Any, Any], Any]) -> Any:
 
 
 def _commit() -> str | None:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent, capture_output=True, text=True,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent, capture_output=True, text=True,
+        )  # fmt: skip
+    except OSError:  # no git here
+        return None
     return done.stdout.strip() or None

@@ -252,6 +252,8 @@ def adamw_(
     """
     check(master, "master", dtypes=(torch.float32,), rank=1)
     _check_state(weight, master, exp_avg, exp_avg_sq, grad)
+    if not 0 <= decay_until <= master.numel():
+        raise ValueError(f"decay_until: {decay_until}, expected 0 to {master.numel()}")
     if master.numel():
         _adamw_kernel[(triton.cdiv(master.numel(), BLOCK),)](
             weight=weight,
@@ -352,6 +354,8 @@ def _check_state(weight, master, exp_avg, exp_avg_sq, grad, suffix: str = "") ->
         check(tensor, name + suffix, dtypes=dtypes, shape=master.shape, device=master.device)
         if not tensor.is_contiguous():
             raise ValueError(f"{name + suffix}: strides {tensor.stride()}, must be contiguous")
+    if master.numel() and len({t.data_ptr() for t, _ in tensors.values()}) < len(tensors):
+        raise ValueError(f"{', '.join(n + suffix for n in tensors)}: two of them share memory")
 
 
 def _scalars(lr: Tensor, step: Tensor, grad_scale: Tensor, device: torch.device):

@@ -47,7 +47,6 @@ WARPS = 16
 ROWS_PER_SM = 2
 
 LOWEST = tl.constexpr(-1e38)  # finite, so that −inf − LOWEST is not NaN
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -141,12 +140,12 @@ def _cross_entropy_fwd_kernel(
         p_row = logits + tl.cast(i_row, tl.int64) * stride
         i_target = tl.load(targets + i_row)
         m_target = (i_target >= 0) & (i_target < V)
-        b_target = tl.load(p_row + i_target, mask=m_target, other=NAN).to(tl.float32)
+        b_target = tl.load(p_row + i_target, mask=m_target, other=float("nan")).to(tl.float32)
 
         b_max, b_sum = row_max_sum(p_row, V, BLOCK, TAIL, VEC)
         tl.store(losses + i_row, scale * ((b_max - b_target) + tl.log(b_sum)))
         if GRAD:
-            b_factor = tl.where(m_target, scale, NAN) / b_sum
+            b_factor = tl.where(m_target, scale, float("nan")) / b_sum
             store_gradient(
                 p_row, i_target, m_target, b_target, b_max, b_factor, scale, V, BLOCK, TAIL, VEC
             )

@@ -219,9 +219,19 @@ def _check_out(out: Tensor, x: Tensor) -> Tensor:
     rows = check_rows(out, "out", x.shape[-1])
     if rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]:
         raise ValueError(f"out: strides {out.stride()} of shape {tuple(out.shape)} overlap")
-    if out.numel() and out.data_ptr() == x.data_ptr():
-        raise ValueError("out: is x itself, which the backward pass needs")
+    if out.numel() and _overlap(rows, x.reshape(rows.shape)):
+        raise ValueError("out: shares memory with x, which the backward pass needs")
     return rows
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two (M, n) views may share an element; separate columns of one buffer do not."""
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
+        return False
+    if a.shape[0] == 1 or a.stride(0) != b.stride(0):
+        return a.shape[0] > 1 or abs(a.storage_offset() - b.storage_offset()) < a.shape[1]
+    apart = (a.storage_offset() - b.storage_offset()) % a.stride(0)
+    return not a.shape[1] <= apart <= a.stride(0) - a.shape[1]
 
 
 class GeluFunction(torch.autograd.Function):

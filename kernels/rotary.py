@@ -37,6 +37,7 @@ from pythia_fast.kernels.checks import check
 TILE_SIZE = {4: 1024, 8: 1024, 10: 2048, 16: 1024, 32: 1024}
 WARPS = 4
 MAX_BLOCK_H = 8
+MAX_BATCH = 65535  # CUDA's limit of a grid's third axis
 
 # (heads, head dim) of the suite, for ahead-of-time compilation
 SUITE = {
@@ -179,6 +180,10 @@ def _check_inputs(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"qkv: shape {tuple(qkv.shape)}, expected (B, T, H, 3·D)")
     if heads > 1 and qkv.stride(2) != packed:
         raise ValueError(f"qkv: strides {qkv.stride()}, heads must lie {packed} elements apart")
+    if any(n > 1 and s < heads * packed for n, s in zip(qkv.shape[:2], qkv.stride(), strict=False)):
+        raise ValueError(f"qkv: strides {qkv.stride()} of shape {tuple(qkv.shape)} overlap")
+    if qkv.shape[0] > MAX_BATCH:
+        raise ValueError(f"qkv: batch {qkv.shape[0]}, at most {MAX_BATCH} (the grid's third axis)")
     for table, name in ((cos, "cos"), (sin, "sin")):
         check(table, name, rank=2, device=qkv.device)
         if table.shape[0] < positions or table.shape[1] < 1 or 6 * table.shape[1] > packed:

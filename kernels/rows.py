@@ -12,6 +12,7 @@ follows the number of SMs, so the bits are those of one GPU model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -226,6 +227,22 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
         num_warps=4,
     )
     return out
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """The reduction that ends every bias and weight gradient; not one of bandwidth: its partials
+    are a few MB and come from the L2 cache."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        yield AotCase(
+            name=f"sum_partials {dtype}",
+            kernel=_sum_partials_kernel,
+            signature={"partials": "*fp32", "out": f"*{dtype}", "P": "i32", "N": "i32"}
+            | {"BLOCK_P": "constexpr", "BLOCK_N": "constexpr"},
+            constexprs={"BLOCK_P": 64, "BLOCK_N": 32},
+            num_warps=4,
+            num_stages=3,
+            not_aligned=("P",),
+        )
 
 
 def row_case(

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from pythia_fast.config import Config, resolve
+from pythia_fast.data.files import sha256_file
 from pythia_fast.errors import CheckError, InputError
 from pythia_fast.progress import say
 from pythia_fast.storage import (
     kind,
-    publish,
+    publish_directory,
     read_metadata,
     read_tensors,
     remove_tree,
@@ -105,7 +106,7 @@ def save(
         raise InputError(f"{final} exists already: a checkpoint is never overwritten")
     remove_tree(final)  # of a deletion cut short
     try:
-        with publish(final) as temporary:
+        with publish_directory(final) as temporary:
             manifest = {
                 **extra,
                 "format": FORMAT,
@@ -214,16 +215,11 @@ def verify(path: Path) -> dict[str, Any]:
     if size > 4e9:
         say(f"verifying {path} ({size / 1e9:.1f} GB)")
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        digests = pool.map(_sha256, [path / name for name in sorted(files)])
+        digests = pool.map(sha256_file, [path / name for name in sorted(files)])
         for name, digest in zip(sorted(files), digests, strict=True):
             if digest != files[name]["sha256"]:
                 raise CheckError(f"{path / name} is damaged: its sha256 is not the saved one")
     return manifest
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # --- loading --------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from pythia_fast.config import Config, Model, flatten, resolve
 from pythia_fast.data.build import END_OF_TEXT, load_tokenizer
 from pythia_fast.errors import InputError
 from pythia_fast.progress import console
-from pythia_fast.storage import publish
+from pythia_fast.storage import publish_directory
 
 Dtype = Literal["fp16", "bf16", "fp32"]
 HiddenAct = Literal["gelu", "gelu_pytorch_tanh"]
@@ -120,7 +120,7 @@ def export(
     tensors = checkpoint.load_all(checkpoint_path)
     _check_shapes(checkpoint_path, model, tensors)
     try:
-        with publish(out_dir.absolute()) as temporary:
+        with publish_directory(out_dir.absolute()) as temporary:
             _write_weights(temporary, tensors, dtype, max_shard_bytes)
             for name, data in files.items():
                 (temporary / name).write_bytes(data)

@@ -6,7 +6,6 @@ signatures are those of `kernels/reference.py`, the specification.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,7 +46,9 @@ def select(backend: str, device: torch.device) -> Ops:
     """backend: "auto" (triton on a GPU, reference elsewhere), "triton" or "reference"."""
     if backend == "reference" or (backend == "auto" and device.type != "cuda"):
         return REFERENCE
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    from pythia_fast.kernels import checks  # triton, which not every platform has
+
+    if device.type != "cuda" and not checks.INTERPRETED:
         raise InputError(
             "kernels.backend = 'triton' needs a GPU (or TRITON_INTERPRET=1, slow, for tests)"
         )

@@ -36,7 +36,7 @@ _MAX_FILES = 8
 
 
 @contextmanager
-def publish(final: Path) -> Iterator[Path]:
+def publish_directory(final: Path) -> Iterator[Path]:
     """Yields an empty directory beside `final` that becomes `final` at the end, or disappears.
 
     The files in it must be synced to disk by whoever writes them. Raises OSError.
@@ -141,7 +141,7 @@ class _SyncedFiles(FileSystem):
         return None
 
     def mkdir(self, path: str | os.PathLike) -> None:
-        """The directory is there: `publish` made it."""
+        """The directory is there: `publish_directory` made it."""
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         self.attempt(lambda: Path(path).rename(new_path))

@@ -15,6 +15,7 @@ from kernel_proof import REPOSITORY
 
 from pythia_fast import checkpoint
 from pythia_fast.cli import main
+from pythia_fast.kernels import checks
 
 COMMANDS = ["train", "data build", "data quickstart", "data join", "data view", "data digest",
             "data verify", "import", "export", "generate", "doctor"]  # fmt: skip
@@ -99,7 +100,7 @@ def test_bad_input_ends_with_one_line_and_code_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(checks, "INTERPRETED", False)
     line = fails(capsys, *(a.format(page=trained[0]) for a in arguments))
     assert message in line
 

@@ -11,6 +11,7 @@ import torch
 
 from pythia_fast.config import load
 from pythia_fast.errors import InputError
+from pythia_fast.kernels import checks
 from pythia_fast.ops import REFERENCE, select
 from pythia_fast.train import train
 
@@ -42,6 +43,6 @@ def test_select_says_what_triton_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert select("auto", cpu) is REFERENCE
     assert select("triton", cpu).name == "triton"
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(checks, "INTERPRETED", False)
     with pytest.raises(InputError, match="needs a GPU"):
         select("triton", cpu)

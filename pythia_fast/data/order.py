@@ -216,12 +216,7 @@ def _open_sequential(dataset: IndexedDataset, seq_len: int) -> StridedRows:
 
 
 def _open_preshuffled(prefix: Path, seq_len: int) -> StridedRows:
-    if beside(prefix, ".idx").is_file():
-        dataset = IndexedDataset(prefix)
-        _check_ids(dataset.path, dataset.dtype)
-        stream = dataset.tokens
-    else:
-        stream = TokenStream(bin_paths(prefix), np.dtype("<u2"))
+    stream = open_tokens(prefix)
     total, width = len(stream), seq_len + 1
     if total % width:
         raise InputError(
@@ -230,6 +225,19 @@ def _open_preshuffled(prefix: Path, seq_len: int) -> StridedRows:
         )
     identity = _fingerprint("preshuffled", stream.dtype, total, seq_len)
     return StridedRows(stream, width, total // width, seq_len, identity)
+
+
+def open_tokens(prefix: str | Path) -> TokenStream:
+    """All the tokens of a prefix in file order; uint16 where there is no ``.idx``.
+
+    Raises InputError for a damaged file or a dtype that holds no token ids.
+    """
+    prefix = split_prefix(prefix)
+    if not beside(prefix, ".idx").is_file():
+        return TokenStream(bin_paths(prefix), np.dtype("<u2"))
+    dataset = IndexedDataset(prefix)
+    _check_ids(dataset.path, dataset.dtype)
+    return dataset.tokens
 
 
 def build_index(

@@ -9,7 +9,7 @@ import numpy as np
 
 from pythia_fast import checkpoint
 from pythia_fast.config import Config
-from pythia_fast.data.indexed import IndexedDataset, TokenStream, beside, bin_paths, split_prefix
+from pythia_fast.data.order import open_tokens
 from pythia_fast.metrics import entropy
 from pythia_fast.report.figures import loss_figure
 
@@ -25,7 +25,7 @@ def summarise(config: Config, run: Path, last: dict[str, Any]) -> tuple[dict[str
         "run": str(run),
         **last,
         "unigram_entropy": unigram,
-        "checkpoints": [str(run / "checkpoints" / f"step{step}") for step in saved],
+        "checkpoints": [str(checkpoint.directory(run, step)) for step in saved],
         "loss_figure": str(figure),
     }
     lines = [f"trained to step {last['step']}"]
@@ -50,13 +50,7 @@ def summarise(config: Config, run: Path, last: dict[str, Any]) -> tuple[dict[str
 
 def unigram_entropy(config: Config) -> float:
     """Entropy of the training tokens' frequencies, nats; a longer file's first 10^8 tokens."""
-    prefix = split_prefix(config.data.prefix)
-    indexed = beside(prefix, ".idx").is_file()
-    tokens = (
-        IndexedDataset(prefix).tokens
-        if indexed
-        else TokenStream(bin_paths(prefix), np.dtype("<u2"))
-    )
+    tokens = open_tokens(config.data.prefix)
     counts = np.zeros(config.model.vocab_size, dtype=np.int64)
     for start in range(0, min(len(tokens), _ENTROPY_TOKENS), 1 << 24):
         part = tokens.slice(start, min(start + (1 << 24), len(tokens), _ENTROPY_TOKENS))
@@ -67,6 +61,5 @@ def unigram_entropy(config: Config) -> float:
 def _sample(config: Config, run: Path, step: int) -> str:
     from pythia_fast.generate import continue_texts
 
-    path = run / "checkpoints" / f"step{step}"
-    row = continue_texts(path, [config.log.sample], 40)[0]
+    row = continue_texts(checkpoint.directory(run, step), [config.log.sample], 40)[0]
     return repr(row["prompt"] + row["text"])

@@ -1,0 +1,57 @@
+"""Every kernel passes Triton's own JIT as on a GPU: see tests/support/launch_without_gpu.py."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from kernel_proof import REPOSITORY
+
+SCRIPT = Path("tests/support/launch_without_gpu.py")
+
+
+def launch(repository: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-S", "-c", _WITHOUT_EDITABLE, str(repository / SCRIPT), *sys.path],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+# an editable install's import hook would find this checkout instead of the mutated copy
+_WITHOUT_EDITABLE = (
+    "import runpy, sys; sys.path[:] = sys.argv[2:]; sys.argv[:] = sys.argv[1:2];"
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+def test_every_launched_kernel_compiles_by_the_jit() -> None:
+    done = launch(REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    compiled = {line.split()[0] for line in done.stdout.splitlines()}
+    launched = set()
+    for file in (REPOSITORY / "kernels").glob("*.py"):
+        launched |= set(re.findall(r"^ +(\w+_kernel)\[", file.read_text(), re.M))
+    assert compiled == launched
+
+
+def test_a_global_that_is_not_constant_is_refused(tmp_path: Path) -> None:
+    """A NaN is never equal to itself: Triton takes it for a global that has changed."""
+    for part in ("kernels", "pythia_fast", "tests/support"):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        subprocess.run(["cp", "-R", str(REPOSITORY / part), str(tmp_path / part)], check=True)
+    file = tmp_path / "kernels" / "cross_entropy.py"
+    text = file.read_text()
+    assert 'other=float("nan")' in text
+    text = text.replace('other=float("nan")', "other=NAN")
+    file.write_text(
+        text.replace(
+            "\n\n\n@triton.jit", '\n\nNAN = tl.constexpr(float("nan"))\n\n\n@triton.jit', 1
+        )
+    )
+    done = launch(tmp_path)
+    assert done.returncode == 1
+    assert "refused: _cross_entropy_fwd_kernel" in done.stderr

@@ -1,0 +1,131 @@
+"""Runs every launcher through Triton's own JIT, up to the launch, on a machine without a GPU.
+
+    python tests/support/launch_without_gpu.py        (TRITON_INTERPRET unset)
+
+What the interpreter and hand-written signatures skip happens here as on a GPU: argument binding by
+keyword, specialisation on 1 and on alignment, the check that globals are constant, compilation for
+sm_90. A driver that only names the target stands in for CUDA's. Prints a line a kernel; exit code 1
+when one is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class NamedTarget:
+    """The part of a Triton driver that compilation asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return kind
+
+
+driver.set_active(NamedTarget())
+compiled: Counter[str] = Counter()
+refused: list[str] = []
+run_for_real = JITFunction.run
+
+
+def run(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+    try:
+        run_for_real(self, *arguments, grid=grid, warmup=True, **keywords)
+        compiled[self.__name__] += 1
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[-1]
+        refused.append(f"{self.__name__}: {type(error).__name__}: {reason}")
+
+
+JITFunction.run = run
+
+from pythia_fast.kernels import (  # noqa: E402
+    adam,
+    checks,
+    cross_entropy,
+    gelu,
+    layer_norm,
+    parallel_residual,
+    rotary,
+)
+
+checks.INTERPRETED = True  # CPU tensors pass the launchers' checks
+BF16 = torch.bfloat16
+
+
+def rows(count: int, hidden: int) -> None:
+    x, w = torch.randn(count, hidden).to(BF16), torch.randn(hidden).to(BF16)
+    _, mean, rstd = layer_norm.layer_norm_fwd(x, ((w, w), (w, w)), 1e-5)
+    layer_norm.layer_norm_bwd(x, x, (x, x), (w, w), mean, rstd, True)
+    layer_norm.layer_norm_bwd(x, None, (x,), (w,), mean, rstd)
+    parallel_residual.parallel_residual_fwd(x, x, x, w, w)
+    parallel_residual.parallel_residual_fwd(x, x, x, w, w, ((w, w), (w, w)))
+    parallel_residual.parallel_residual_bwd(x, BF16)
+    gelu.gelu_fwd(x, w)
+    gelu.gelu_bwd(x, w, x, "none")
+
+
+def losses(count: int, vocabulary: int) -> None:
+    logits = torch.randn(count, vocabulary).to(BF16)
+    targets = torch.zeros(count, dtype=torch.int64)
+    cross_entropy.cross_entropy_fwd(logits, targets, 1.0, True)
+    cross_entropy.cross_entropy_stats(logits, targets, 1)
+    cross_entropy.cross_entropy_grad_(logits, targets, torch.zeros(count), 1.0, 1)
+    cross_entropy.cross_entropy_bwd(logits, torch.ones(()))
+
+
+def optimizer(size: int) -> None:
+    one = torch.ones(1)
+    state = [torch.zeros(size) for _ in range(4)]
+    adam.adamw_(torch.zeros(size, dtype=BF16), *state, 1, one, one, one)
+    adam.adamw_(None, *state, 0, one, one, one)
+    adam.adamw_list_(None, *[[tensor] for tensor in state], [True], one, one, one)
+    adam.grad_norm(state[0])
+    adam.grad_norm(state[0].bfloat16())
+
+
+def positions(batch: int, length: int, heads: int, dim: int) -> None:
+    qkv, table = torch.randn(batch, length, heads, 3 * dim).to(BF16), torch.randn(length, dim // 8)
+    for dtype in (torch.float32, BF16):
+        rotary.rotary_fwd(qkv, table.to(dtype), table.to(dtype))
+        rotary.rotary_bwd(qkv, table.to(dtype), table.to(dtype))
+
+
+for shape in ((1, 1), (3, 96), (16, 768)):
+    rows(*shape)
+for shape in ((1, 1), (5, 1000), (2, 50304)):
+    losses(*shape)
+for size in (1, 10000):
+    optimizer(size)
+for sizes in ((1, 1, 1, 32), (2, 5, 3, 80)):
+    positions(*sizes)
+for name, count in sorted(compiled.items()):
+    print(f"{name} {count}")
+for line in refused:
+    print(f"refused: {line}", file=sys.stderr)
+sys.exit(1 if refused else 0)
