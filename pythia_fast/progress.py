@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-_PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
+PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 
 def say(message: str) -> None:
@@ -19,12 +19,28 @@ def say(message: str) -> None:
     console.print(message, markup=False)
 
 
+class PlainLines:
+    """What is said where stderr is no terminal: a line every ten seconds at most."""
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+
+    def offer(self, line: Callable[[], str], last: bool = False) -> None:
+        """Says line() if it is time for one; the last in any case."""
+        if console.is_terminal:
+            return
+        if last or time.monotonic() - self._said >= PLAIN_EVERY:
+            self._said = time.monotonic()
+            say(line())
+
+
 class TrainProgress:
     """Step, loss, tokens/s and time left of a training run."""
 
     def __init__(self, steps: int, done: int) -> None:
         self._steps, self._start = steps, done
-        self._began = self._said = time.monotonic()
+        self._began = time.monotonic()
+        self._plain = PlainLines()
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -32,7 +48,7 @@ class TrainProgress:
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             console=console,
-            disable=not sys.stderr.isatty(),
+            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=steps, completed=done)
 
@@ -52,10 +68,9 @@ class TrainProgress:
             text += f" (held out {row['valid_loss']:.4f})"
         text += f"  {row['tokens_per_s']:,.0f} tokens/s"
         self._bar.update(self._task, completed=row["step"], description=text)
-        now = time.monotonic()
-        last = row["step"] == self._steps
-        if not sys.stderr.isatty() and (now - self._said >= _PLAIN_EVERY or last):
-            self._said = now
-            done = max(row["step"] - self._start, 1)
-            left = (now - self._began) / done * (self._steps - row["step"])
-            say(f"step {row['step']}/{self._steps}  {text}  {left:.0f} s left")
+        done = max(row["step"] - self._start, 1)
+        left = (time.monotonic() - self._began) / done * (self._steps - row["step"])
+        self._plain.offer(
+            lambda: f"step {row['step']}/{self._steps}  {text}  {left:.0f} s left",
+            last=row["step"] == self._steps,
+        )

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import os
 import secrets
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
@@ -19,7 +18,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 HASH_BYTES = 8 << 20
-PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 
 @contextmanager
@@ -90,23 +88,22 @@ def progress(label: str, total: float, unit: str) -> Iterator[Callable[[float, s
     """A bar on stderr, or a line every ten seconds; yields advance(amount, new label or "")."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from pythia_fast.progress import console, say
+    from pythia_fast.progress import PlainLines, console
 
     share = TextColumn("{task.percentage:3.0f} % of {task.total:,.0f} " + unit)
     columns = (TextColumn("{task.description}"), BarColumn(), share, TimeRemainingColumn())
-    terminal = console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not terminal) as bar:
+    plain, quiet = PlainLines(), not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task(label, total=total)
-        said = time.monotonic()
+
+        def line() -> str:
+            state = bar.tasks[task]
+            return f"{state.description}: {state.percentage:.0f} % of {total:,.0f} {unit}"
 
         def advance(amount: float, relabel: str = "") -> None:
-            nonlocal said
             bar.update(task, advance=amount, description=relabel or None)
             if relabel:
                 bar.refresh()
-            if not terminal and time.monotonic() - said >= PLAIN_EVERY:
-                said = time.monotonic()
-                state = bar.tasks[task]
-                say(f"{state.description}: {state.percentage:.0f} % of {total:,.0f} {unit}")
+            plain.offer(line)
 
         yield advance

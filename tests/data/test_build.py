@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ import zstandard
 from kernel_proof import REPOSITORY, Mutant, assert_killed
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from pythia_fast import progress
 from pythia_fast.data import build as building
 from pythia_fast.data.build import build, prepare_quickstart, train_tokenizer
 from pythia_fast.data.indexed import IndexedDataset
@@ -52,6 +54,36 @@ def test_jsonl(tmp_path: Path, tokenizer: Path) -> None:
     assert documents(tmp_path / "out") == wanted
     assert built.documents == 60 and built.empty == 1 and built.dtype == "uint16"
     assert built.tokens == sum(map(len, wanted))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst"])
+def test_progress_counts_the_bytes_of_the_file_while_it_is_read(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "BLOCK_BYTES", 100)
+    random = np.random.default_rng(0)  # text that zstd leaves many blocks of
+    path, data = tmp_path / f"a{suffix}", jsonl([random.bytes(40).hex() for _ in range(10_000)])
+    path.write_bytes(zstandard.compress(data) if suffix.endswith("zst") else data)
+    told: list[float] = []
+    for _ in building.read_documents(path, "text", lambda amount, _: told.append(amount)):
+        pass
+    assert sum(told) == path.stat().st_size
+    assert len(told) > 10 and max(told) < path.stat().st_size / 2
+
+
+def test_one_large_file_is_not_silent(
+    tmp_path: Path,
+    tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS * 50))
+    build([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", workers=1)
+    shown = [
+        int(share) for share in re.findall(r"encoding 1 files: (\d+) %", capsys.readouterr().err)
+    ]
+    assert shown == sorted(shown) and len(set(shown)) > 3 and shown[-1] == 100
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import pytest
 from corpus import make_documents, neox_rows, write_pair, write_shards
 from kernel_proof import Mutant, assert_killed
 
+from pythia_fast import progress
 from pythia_fast.config import Config, Data, Model, Train
-from pythia_fast.data import commands
+from pythia_fast.data import commands, files
 from pythia_fast.data.commands import digest, join, rows_from, valid_rows_from, verify, view
 from pythia_fast.data.loader import Loader
 from pythia_fast.errors import CheckError, InputError
@@ -173,6 +174,20 @@ def test_verify_against_checksums(tmp_path: Path, form: str) -> None:
         for result in verify([tmp_path], listing):
             results.append(result)
     assert [result["ok"] for result in results] == [False, False, True, True, True]
+
+
+def test_verify_of_one_large_file_is_not_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
+    monkeypatch.setattr(files, "HASH_BYTES", 1000)
+    data = bytes(range(256)) * 40  # 10,240 bytes
+    (tmp_path / "a.bin").write_bytes(data)
+    (tmp_path / "sums.txt").write_text(f"{hashlib.sha256(data).hexdigest()}  a.bin\n")
+    assert [row["ok"] for row in verify([], tmp_path / "sums.txt")] == [True]
+    shares = [round(100 * min(1000 * n, 10240) / 10240) for n in range(1, 12)]
+    expected = [f"hashing 1 files: {share} % of 10,240 bytes" for share in shares]
+    assert capsys.readouterr().err.splitlines() == expected
 
 
 def test_verify_refuses_what_it_cannot_check(tmp_path: Path) -> None:
