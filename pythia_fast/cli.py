@@ -102,6 +102,8 @@ def _train(options: argparse.Namespace) -> int:
 def _data_build(options: argparse.Namespace) -> None:
     from pythia_fast.data.build import build
 
+    if options.workers is not None and options.workers < 1:
+        raise InputError(f"--workers {options.workers}: at least 1 is needed")
     built = build(
         options.inputs,
         options.tokenizer,
@@ -175,7 +177,9 @@ def _data_verify(options: argparse.Namespace) -> None:
     from pythia_fast.data.commands import verify
 
     for row in verify(options.paths, options.checksums):
-        found = row.get("error") or row.get("sha256") or f"{row['documents']:,} documents"
+        found = row.get("error") or row.get("sha256")
+        if found is None:
+            found = f"{row['documents']:,} documents" if "documents" in row else "missing"
         _print(options, [row], f"{row['path']}: {'ok' if row['ok'] else 'wrong'}: {found}")
 
 
@@ -317,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     digest.add_argument("--against", type=Path, metavar="RUN", help="compare with a run's ledger")
     verify = _command(
         data, "verify", _data_verify, "check token files against checksums or their index",
-        "pythia-fast data verify data/document --checksums SHA256SUMS",
+        "pythia-fast data verify data/document.bin --checksums SHA256SUMS",
     )  # fmt: skip
     verify.add_argument("paths", nargs="*", type=Path, help="prefixes, files or folders")
     verify.add_argument("--checksums", type=Path, help="sha256sum or JSON file")
@@ -330,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("--run", type=Path, required=True, help="new run directory")
     export = _command(
         commands, "export", _export, "a checkpoint to a Hugging Face directory",
-        "pythia-fast export runs/quickstart/checkpoints/step1000 --out hf/",
+        "pythia-fast export runs/quickstart/checkpoints/step600 --out hf/",
     )  # fmt: skip
     export.add_argument("checkpoint", type=Path, help="a checkpoint folder")
     export.add_argument("--out", type=Path, required=True, help="new directory")
@@ -343,7 +347,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = _command(
         commands, "generate", _generate, "continue prompts",
-        "pythia-fast generate runs/quickstart/checkpoints/step1000 --prompt 'def main'",
+        "pythia-fast generate runs/quickstart/checkpoints/step600 --prompt 'def main'",
     )  # fmt: skip
     generate.add_argument("checkpoint", type=Path, help="a checkpoint folder")
     generate.add_argument("--prompt", action="append", required=True, help="may be given again")

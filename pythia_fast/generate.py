@@ -120,7 +120,7 @@ def continue_texts(
     tokenizer: Path | None = None,
 ) -> list[dict[str, Any]]:
     """{"prompt", "tokens": generated ids, "text": their text} for each prompt, by a checkpoint."""
-    if max_new_tokens < 1 or temperature < 0:
+    if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
         raise InputError("--max-new-tokens must be at least 1 and --temperature at least 0")
     own = checkpoint.config_of(path).data.tokenizer
     if not tokenizer and not own:
