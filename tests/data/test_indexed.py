@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import tracemalloc
 from pathlib import Path
@@ -195,3 +196,10 @@ def test_mutants(tmp_path: Path, name: str, old: str, new: str) -> None:
     _refuses_damage(indexed, tmp_path)
     mutant = Mutant(name, "pythia_fast/data/indexed.py", old, new)
     assert_killed(mutant, lambda module: _refuses_damage(module, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["", "/", ".", "//"])
+def test_a_prefix_without_a_name_is_refused(prefix: str) -> None:
+    for opened in (IndexedDataset, indexed.split_prefix):
+        with pytest.raises(InputError, match=re.escape(f"'{prefix}': name the token files")):
+            opened(prefix)
