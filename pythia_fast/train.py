@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pythia_fast import checkpoint, ledger
 from pythia_fast.config import Config, differences, flatten, to_toml
+from pythia_fast.data.build import load_tokenizer
 from pythia_fast.data.commands import rows_from, valid_rows_from
 from pythia_fast.data.files import publish
 from pythia_fast.data.loader import RUNNING_START, Loader, read_batch
@@ -280,6 +281,8 @@ def train(config: Config, run: Path) -> dict[str, Any]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("training on several processes is not there yet: start a single one")
+    if config.log.sample:
+        load_tokenizer(config.data.tokenizer)  # refused now, not after the last step
     for line in differences(config):
         say(f"differs from the published recipe: {line}")
     with checkpoint.RunLock(run):

@@ -77,6 +77,11 @@ BAD = [
         ["train", "{page}", "--data.order", "sequential", "--train.steps", "900"],
         "the run needs 7200",
     ),
+    (
+        ["train", "{page}", "--log.sample", "x", "--data.tokenizer", "nope.json"],
+        "nope.json: no such",
+    ),
+    (["data", "build", "x.txt", "--tokenizer", "t", "--out", "x", "--workers", "0"], "at least 1"),
     (["train", "{page}", "--data.prefix", ""], "data.prefix = '': name the token files"),
     (["train", "{page}", "--model.rotary_base", "0"], "model.rotary_base = 0.0 must be positive"),
     (["train", "{page}", "--kernels.backend", "triton"], "needs a GPU"),
@@ -245,3 +250,10 @@ def test_an_imported_model_trains_on(
     capsys.readouterr()
     line = fails(capsys, "train", page, "--run", other, "--model.hidden", "64")
     assert "was trained with model.hidden = 32, not 64" in line
+
+
+def test_verify_names_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  document.bin\n")
+    assert main(["data", "verify", "--checksums", str(tmp_path / "SHA256SUMS")]) == 1
+    out, err = capsys.readouterr()
+    assert "document.bin: wrong: missing" in out and "Traceback" not in err

@@ -61,5 +61,6 @@ def unigram_entropy(config: Config) -> float:
 def _sample(config: Config, run: Path, step: int) -> str:
     from pythia_fast.generate import continue_texts
 
-    row = continue_texts(checkpoint.directory(run, step), [config.log.sample], 40)[0]
+    path, tokenizer = checkpoint.directory(run, step), Path(config.data.tokenizer)
+    row = continue_texts(path, [config.log.sample], 40, tokenizer=tokenizer)[0]
     return repr(row["prompt"] + row["text"])
