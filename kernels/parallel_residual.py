@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from pythia_fast.kernels.aot_case import AotCase
 from pythia_fast.kernels.checks import check, check_rows, check_vectors, grad_rows
-from pythia_fast.kernels.layer_norm import layer_norm_bwd, row_statistics, store_norm
+from pythia_fast.kernels.layer_norm import FORWARD, layer_norm_bwd, row_statistics, store_norm
 from pythia_fast.kernels.rows import (
     SUITE,
     Tile,
@@ -46,18 +46,6 @@ from pythia_fast.kernels.rows import (
     zero_rows,
 )
 
-# By hidden size, as in `layer_norm.py`.
-FORWARD = {
-    128: Tile(rows=16, warps=4),
-    256: Tile(rows=8, warps=4),
-    512: Tile(rows=4, warps=4),
-    768: Tile(rows=1, warps=1),
-    1024: Tile(rows=2, warps=4),
-    2048: Tile(rows=1, warps=4),
-    2560: Tile(rows=1, warps=2),
-    4096: Tile(rows=1, warps=8),
-    5120: Tile(rows=1, warps=4),
-}
 COLUMN_SUM = {
     128: Tile(rows=32, warps=4, stages=3, per_sm=2),
     256: Tile(rows=16, warps=4, stages=3, per_sm=2),
