@@ -34,6 +34,8 @@ PACKAGE = __package__ or "pythia_fast.kernels"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block
 WIDE_BITS = 128
+LOOP_SPILLS = 0.01  # accesses to local memory among the instructions of the hot loop
+EXACT_FLOPS = {"sm_90": 1.05}  # at most so many issued for one needed, where they can be counted
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,10 @@ def compile_all(
         jobs = [
             Job(module, name, arch)
             for module, listed in names.items()
-            for name in listed.result()
+            for name, own in listed.result()
             if only in f"{module.rpartition('.')[2]}: {name}"
             for arch in architectures
+            if arch in own
         ]
         pending: dict[Future[dict[str, Any]], Job] = {
             pool.submit(_report, job): job for job in jobs[::every]
@@ -91,18 +94,20 @@ def _uninterpreted() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def _case_names(module: str) -> list[str]:
-    names = [case.name for case in importlib.import_module(module).aot_cases()]
+def _case_names(module: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Each case's name and architectures; a name stands once for an architecture."""
+    cases = [(c.name, c.architectures) for c in importlib.import_module(module).aot_cases()]
+    names = [(name, arch) for name, architectures in cases for arch in architectures]
     repeated = sorted({n for n in names if names.count(n) > 1})
     if repeated:
-        raise ValueError(f"{module}: aot_cases() repeats the name {repeated[0]!r}")
-    return names
+        raise ValueError(f"{module}: aot_cases() repeats the name {repeated[0][0]!r}")
+    return cases
 
 
 def _report(job: Job) -> dict[str, Any]:
     try:
         cases = importlib.import_module(job.module).aot_cases()
-        case = next(c for c in cases if c.name == job.case)
+        case = next(c for c in cases if c.name == job.case and job.arch in c.architectures)
         row = _identity(job, case) | compile_case(case, job.arch)
     except Exception as error:  # a compiler's error is a row of the report
         message = (str(error).strip() or "no message").splitlines()[-1]
@@ -190,6 +195,8 @@ def violations(case: AotCase, row: dict[str, Any]) -> list[str]:
         found.append("registers and spills unknown: cuobjdump could not read the cubin")
     elif row["spill_bytes"] > case.spill_budget:
         found.append(f"spills {row['spill_bytes']} bytes a thread, budget {case.spill_budget}")
+    if loop := row["hot_loop"]:
+        found += _loop_violations(case, loop, row["arch"])
     limit = SHARED_LIMIT[row["arch"]]
     if row["shared_bytes"] > limit:
         found.append(f"needs {row['shared_bytes']} bytes of shared memory, the chip has {limit}")
@@ -203,6 +210,20 @@ def violations(case: AotCase, row: dict[str, Any]) -> list[str]:
             found.append(f"{pointer}: accesses narrower than {WIDE_BITS} bits ({listed})")
         elif not accesses:
             found.append(f"{pointer}: no access found that could be seen to be wide")
+    return found
+
+
+def _loop_violations(case: AotCase, loop: dict[str, Any], arch: str) -> list[str]:
+    found = []
+    if loop["spills"] > LOOP_SPILLS * loop["instructions"]["issue"]:
+        found.append(f"the hot loop spills ({loop['spills']} accesses to local memory)")
+    if not case.loop_flops:
+        return found
+    if loop["selects"]:
+        found.append(f"the hot loop masks ({loop['selects']} selects)")
+    issued, needed = loop["flops"], case.loop_flops
+    if arch in EXACT_FLOPS and not needed <= issued <= EXACT_FLOPS[arch] * needed:
+        found.append(f"the hot loop issues {issued:.0f} FLOPs, {needed} are needed")
     return found
 
 

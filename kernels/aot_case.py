@@ -24,4 +24,6 @@ class AotCase:
     wide: tuple[str, ...] = ()  # pointers whose global accesses must all be 128 bits a thread
     not_aligned: tuple[str, ...] = ()  # pointers and integers that are not multiples of 16
     matrix: bool = False  # a matrix instruction must appear
-    spill_budget: int = 0  # bytes a thread
+    loop_flops: int = 0  # matrix FLOPs that an iteration of the hot loop needs, 0: not asked
+    spill_budget: int = 0  # bytes a thread; the hot loop has a limit of its own
+    architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")  # that launch it

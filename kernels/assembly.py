@@ -150,6 +150,17 @@ class Instruction:
         return int(size[1]) // 8 if size else 4
 
     @property
+    def operand_bytes(self) -> int:
+        """Bytes that a warpgroup's HGMMA (16-bit operands) reads from shared memory: B, and A
+        unless that is in registers."""
+        group = re.search(r"HGMMA\.(\d+)x(\d+)x(\d+)", self.opcode)
+        if group is None:
+            return 0
+        m, n, k = (int(g) for g in group.groups())
+        a_is_shared = self.operands.split(",")[1].strip().startswith("gdesc")
+        return 2 * k * (n + m * a_is_shared)
+
+    @property
     def is_global_access(self) -> bool:
         return self.uses_global or self.opcode.startswith(("UTMALDG", "UTMASTG", "UBLKCP"))
 
@@ -183,7 +194,7 @@ def parse_sass(text: str) -> tuple[list[Instruction], dict[str, int]]:
 
 def hot_loop(instructions: list[Instruction], labels: dict[str, int]) -> list[Instruction] | None:
     """The innermost loop with the most matrix instructions or, in a kernel without, the most
-    global accesses. None when no loop has any."""
+    global accesses; of equals the shortest, whose tiles need no mask. None when no loop has any."""
     blocks, successors = _control_flow(instructions, labels)
 
     has_matrix = any(i.pipe == "tensor" for i in instructions)
@@ -196,7 +207,11 @@ def hot_loop(instructions: list[Instruction], labels: dict[str, int]) -> list[In
     innermost = [a for a in loops if not any(b < a for b in loops)]
     if not innermost:
         return None
-    chosen = max(innermost, key=weight)
+
+    def length(loop: frozenset[int]) -> int:
+        return sum(blocks[b][1] - blocks[b][0] for b in loop)
+
+    chosen = max(innermost, key=lambda loop: (weight(loop), -length(loop)))
     return [i for b in sorted(chosen) for i in instructions[blocks[b][0] : blocks[b][1]]]
 
 
@@ -290,6 +305,7 @@ def hot_loop_report(sass: str, arch: int, warps: int, tcgen05: int | None) -> di
     flops = _flops(counted, warps, tcgen05)
     lanes = _LANES[arch]
     shared = 32 * sum(i.bytes for i in counted if i.uses_shared)  # bytes a warp
+    shared += sum(i.operand_bytes for i in counted) / 4  # a warpgroup reads them once
     cycles = {
         "tensor": None if flops is None else flops / lanes["tensor"],
         **{p: pipes[p] * warps * 32 / lanes[p] for p in ("mufu", "fp32", "integer")},
@@ -304,6 +320,9 @@ def hot_loop_report(sass: str, arch: int, warps: int, tcgen05: int | None) -> di
         "instructions": {**dict(sorted(pipes.items())), "issue": len(counted)},
         "global_bytes": moved,
         "bytes_per_cycle": moved / bound,
+        "flops": flops,
+        "spills": sum(i.opcode.startswith(("LDL", "STL")) for i in counted) if body else 0,
+        "selects": sum(i.opcode == "FSEL" for i in counted),
         "cycles": cycles,
         "bound": bound,
         "bound_by": max(known, key=known.__getitem__),

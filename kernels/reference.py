@@ -44,19 +44,49 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --- attention ------------------------------------------------------------------------------------
 
 
-def attention(qkv: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+def attention(
+    qkv: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    doc_start: Tensor | None = None,
+    deterministic: bool = True,
+) -> Tensor:
     """Causal self-attention over a packed projection, rotary inside where tables are given.
 
-        ctx = softmax(q kᵀ / √D + causal mask) v
+        ctx = softmax(q kᵀ/√D + causal mask) v
 
-    qkv (B, T, H, 3·D); cos, sin as in `rotary`, or None when qkv is already rotated.
-    Returns (B, T, H·D).
+    qkv (B, T, H, 3·D), *consumed*; cos, sin as in `rotary`, or None when qkv is already rotated.
+    doc_start (B, T) int32, the position where the document of each position begins: nothing before
+    it is seen. deterministic: for a kernel's backward pass; nothing here. Returns (B, T, H·D).
     """
     q, k, v = qkv.chunk(3, dim=-1)
     if cos is not None and sin is not None:
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
-    ctx = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if doc_start is None:
+        ctx = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        at = torch.arange(qkv.shape[1], device=qkv.device)
+        seen = (at <= at[:, None]) & (at >= doc_start[:, :, None])  # (B, T, T)
+        ctx = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
+    return ctx.transpose(1, 2).flatten(-2)
+
+
+def attention_decode(
+    q: Tensor, keys: Tensor, values: Tensor, filled: int, first: Tensor | None = None
+) -> Tensor:
+    """Attention of the newest positions over a cache: (B, Q, H·D) of q (B, Q, H, D), rotated.
+
+    keys, values (B, H, S, D), of which positions [0, filled) are there, the last Q of them the
+    queries' own. first (B,) int32: the first position of each row (those before it are padding; a
+    query there sees itself alone), None: 0.
+    """
+    at = torch.arange(filled, device=q.device)
+    own = at[filled - q.shape[1] :, None]
+    start = torch.zeros(len(q), dtype=torch.int32, device=q.device) if first is None else first
+    seen = ((at <= own) & (at >= start[:, None, None])) | (at == own)  # (B, Q, filled)
+    k, v = keys[:, :, :filled], values[:, :, :filled]
+    ctx = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen[:, None])
     return ctx.transpose(1, 2).flatten(-2)
 
 

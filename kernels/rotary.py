@@ -148,7 +148,8 @@ def rotary_bwd(dqkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> Tensor:
-    _check_inputs(qkv, cos, sin)
+    check_qkv(qkv)
+    check_tables(cos, sin, qkv)
     batch, positions, heads, packed = qkv.shape
     block_t, block_h, block_r = blocks(heads, cos.shape[1])
     if qkv.numel():
@@ -173,9 +174,10 @@ def _rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> Tensor:
     return qkv
 
 
-def _check_inputs(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check_qkv(qkv: Tensor) -> None:
+    """qkv is (B, T, H, 3·D) with heads side by side and rows that do not overlap."""
     check(qkv, "qkv", rank=4)
-    _, positions, heads, packed = qkv.shape
+    _, _, heads, packed = qkv.shape
     if packed % 3:
         raise ValueError(f"qkv: shape {tuple(qkv.shape)}, expected (B, T, H, 3·D)")
     if heads > 1 and qkv.stride(2) != packed:
@@ -184,6 +186,11 @@ def _check_inputs(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"qkv: strides {qkv.stride()} of shape {tuple(qkv.shape)} overlap")
     if qkv.shape[0] > MAX_BATCH:
         raise ValueError(f"qkv: batch {qkv.shape[0]}, at most {MAX_BATCH} (the grid's third axis)")
+
+
+def check_tables(cos: Tensor, sin: Tensor, qkv: Tensor) -> None:
+    """cos and sin are (≥T, R/2) for qkv (B, T, H, 3·D)."""
+    _, positions, _, packed = qkv.shape
     for table, name in ((cos, "cos"), (sin, "sin")):
         check(table, name, rank=2, device=qkv.device)
         if table.shape[0] < positions or table.shape[1] < 1 or 6 * table.shape[1] > packed:

@@ -66,6 +66,8 @@ JITFunction.run = run
 
 from pythia_fast.kernels import (  # noqa: E402
     adam,
+    attention,
+    attention_bwd,
     checks,
     cross_entropy,
     gelu,
@@ -116,6 +118,15 @@ def positions(batch: int, length: int, heads: int, dim: int) -> None:
         rotary.rotary_bwd(qkv, table.to(dtype), table.to(dtype))
 
 
+def attend(length: int, heads: int, dim: int) -> None:
+    qkv, table = torch.randn(1, length, heads, 3 * dim).to(BF16), torch.randn(length, dim // 8)
+    starts = torch.zeros(1, length, dtype=torch.int32)
+    for doc_start in (None, starts):
+        ctx, lse = attention.attention_fwd(qkv, doc_start)
+        attention_bwd.attention_bwd(qkv, ctx, lse, ctx, table, table, doc_start)
+    attention_bwd.attention_bwd(qkv, ctx, lse, ctx, deterministic=False)
+
+
 for shape in ((1, 1), (3, 96), (16, 768)):
     rows(*shape)
 for shape in ((1, 1), (5, 1000), (2, 50304)):
@@ -124,6 +135,8 @@ for size in (1, 10000):
     optimizer(size)
 for sizes in ((1, 1, 1, 32), (2, 5, 3, 80)):
     positions(*sizes)
+for heads, dim in ((3, 80), (16, 256)):
+    attend(17, heads, dim)
 for name, count in sorted(compiled.items()):
     print(f"{name} {count}")
 for line in refused:
