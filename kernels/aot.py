@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -205,11 +205,13 @@ def violations(case: AotCase, row: dict[str, Any]) -> list[str]:
     for pointer in case.wide:
         accesses = row["accesses"].get(pointer, {})
         narrow = {a: n for a, n in accesses.items() if int(a.lstrip("abcdelmorst")) < WIDE_BITS}
-        if narrow:
-            listed = ", ".join(f"{n} x {a}" for a, n in narrow.items())
-            found.append(f"{pointer}: accesses narrower than {WIDE_BITS} bits ({listed})")
-        elif not accesses:
-            found.append(f"{pointer}: no access found that could be seen to be wide")
+        if narrow != dict(case.narrow.get(pointer, {})):
+            found.append(
+                f"{pointer}: accesses narrower than {WIDE_BITS} bits ({_listed(narrow)}),"
+                f" expected {_listed(case.narrow.get(pointer, {}))}"
+            )
+        elif len(narrow) == len(accesses):
+            found.append(f"{pointer}: no access of {WIDE_BITS} bits found")
     return found
 
 
@@ -225,6 +227,10 @@ def _loop_violations(case: AotCase, loop: dict[str, Any], arch: str) -> list[str
     if arch in EXACT_FLOPS and not needed <= issued <= EXACT_FLOPS[arch] * needed:
         found.append(f"the hot loop issues {issued:.0f} FLOPs, {needed} are needed")
     return found
+
+
+def _listed(accesses: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} x {a}" for a, n in accesses.items()) or "none"
 
 
 # --- command --------------------------------------------------------------------------------------

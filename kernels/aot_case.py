@@ -6,7 +6,8 @@ example "6.9b dual forward bf16": they are the rows of the resource report.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -21,7 +22,9 @@ class AotCase:
     constexprs: dict[str, object]  # a value for each "constexpr" of the signature
     num_warps: int
     num_stages: int
-    wide: tuple[str, ...] = ()  # pointers whose global accesses must all be 128 bits a thread
+    wide: tuple[str, ...] = ()  # pointers that must be accessed 128 bits a thread ...
+    # ... except for so many accesses of other widths, {"x": {"ld64": 3}}, where a tail is narrower
+    narrow: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     not_aligned: tuple[str, ...] = ()  # pointers and integers that are not multiples of 16
     matrix: bool = False  # a matrix instruction must appear
     loop_flops: int = 0  # matrix FLOPs that an iteration of the hot loop needs, 0: not asked

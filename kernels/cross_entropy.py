@@ -30,6 +30,7 @@ vocabulary shard.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -386,16 +387,18 @@ def aot_cases() -> Iterator[AotCase]:
             row |= {"M": "i32", "stride": "i32", "scale": "fp32"}
             for what, grad in (("forward with gradient", True), ("forward", False)):
                 name = f"{size} {what} {dtype}"
-                yield _case(name, _cross_entropy_fwd_kernel, row, dtype, columns, {"GRAD": grad})
+                sweeps = "ld ld st" if grad else "ld"
+                more = {"GRAD": grad}
+                yield _case(name, _cross_entropy_fwd_kernel, row, dtype, columns, sweeps, more)
         for size, columns in (("6.9b/2", 25216), ("12b/2", 25344), ("12b/4", 12672)):
             row = {"logits": f"*{dtype}", "targets": "*i64"}
             rest = {"M": "i32", "stride": "i32", "vocab_start": "i32"}
             stats = row | dict.fromkeys(("row_max", "row_sum", "row_target"), "*fp32") | rest
             name = f"{size} shard statistics {dtype}"
-            yield _case(name, _cross_entropy_stats_kernel, stats, dtype, columns)
+            yield _case(name, _cross_entropy_stats_kernel, stats, dtype, columns, "ld")
             grad = row | {"lse": "*fp32"} | rest | {"scale": "fp32"}
             name = f"{size} shard gradient {dtype}"
-            yield _case(name, _cross_entropy_grad_kernel, grad, dtype, columns)
+            yield _case(name, _cross_entropy_grad_kernel, grad, dtype, columns, "ld st")
         row = {"dlogits": f"*{dtype}", "dloss": "*fp32", "M": "i32", "stride": "i32"}
         constexprs = {"N": 50304, "BLOCK": BLOCK, "VEC": 8}
         yield AotCase(
@@ -409,14 +412,24 @@ def aot_cases() -> Iterator[AotCase]:
         )
 
 
-def _case(name, kernel, arguments, dtype, columns, more=None) -> AotCase:
-    """The tail and the target are narrow accesses beside the 128-bit ones of the full tiles."""
+def _case(name, kernel, arguments, dtype, columns, sweeps: str, more=None) -> AotCase:
+    """sweeps: over the row, "ld" or "st"; a tail of few elements a thread and the target (read
+    once, and written once with the gradient) are narrow beside the full tiles."""
     constexprs = _tiles(torch.empty(0, columns, dtype=_DTYPES[dtype])) | (more or {})
     warps = constexprs.pop("num_warps")
-    signature = arguments | dict.fromkeys(constexprs, "constexpr")
-    # sm_100: one address spilled, outside the loops
+    narrow = Counter(f"{kind}16" for kind in set(sweeps.split()))
+    if columns % BLOCK and constexprs["TAIL"] < 8 * 32 * warps:
+        narrow.update(f"{kind}{constexprs['TAIL'] // (2 * warps)}" for kind in sweeps.split())
     return AotCase(
-        name, kernel, signature, constexprs, num_warps=warps, num_stages=1, spill_budget=8
+        name=name,
+        kernel=kernel,
+        signature=arguments | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
+        num_warps=warps,
+        num_stages=1,
+        wide=("logits",),
+        narrow={"logits": narrow},
+        spill_budget=8,  # sm_100: one address, outside the loops
     )
 
 

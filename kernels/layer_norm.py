@@ -387,8 +387,6 @@ def aot_cases() -> Iterator[AotCase]:
             yield row_case(f"{size} layer norm forward {dtype}", fwd, h, tile, wide, one)
             yield row_case(f"{size} dual forward {dtype}", fwd, h, tile, wide, pair)
             tile, wide = tile_for(BACKWARD, h), ("x", "d_residual", "dy1", "dy2", "dx")
-            if len(column_blocks(h)) > 1:
-                wide = ()  # the last block is 4 elements a thread; 8 would double the registers
             for what, absent, sum_dx in variants:
                 name = f"{size} {what} backward {dtype}"
                 yield row_case(name, bwd, h, tile, wide, absent, SUM_DX=sum_dx)

@@ -37,6 +37,9 @@ SUITE = {
 }
 
 
+WRITTEN = ("y", "y1", "y2", "dx")  # the (M, h) arguments that the row-wise kernels only store
+
+
 @dataclass(frozen=True)
 class Tile:
     """How a kernel walks (M, h): the rows a program holds at once, and its warps."""
@@ -241,6 +244,7 @@ def aot_cases() -> Iterator[AotCase]:
             constexprs={"BLOCK_P": 64, "BLOCK_N": 32},
             num_warps=4,
             num_stages=3,
+            wide=("partials",),
             not_aligned=("P",),
         )
 
@@ -254,7 +258,16 @@ def row_case(
     absent: tuple[str, ...] = (),
     **constexprs: object,
 ) -> AotCase:
-    """A launch of a row-wise kernel whose case name ends with its dtype; absent: None arguments."""
+    """A launch of a row-wise kernel whose case name ends with its dtype; absent: None arguments.
+
+    wide: its (M, h) tensors. All accesses are 128 bits a thread but those of a second block that
+    has only 64 bits for each (4 elements: 8 would double the registers of a walk).
+    """
+    wide = tuple(n for n in wide if n not in absent)
+    stages = tile.stages if "STAGES" in kernel.arg_names else 1  # each stage repeats the loads
+    narrow = {}
+    if column_blocks(h)[1:] == (128 * tile.warps // tile.rows,):
+        narrow = {n: {"st64": 1} if n in WRITTEN else {"ld64": stages} for n in wide}
     values = {"H": h, "ROWS": tile.rows, "WIDTHS": column_blocks(h), "STAGES": tile.stages}
     values |= constexprs | dict.fromkeys(absent)
     values = {n: values[n] for n in kernel.arg_names if n in values}
@@ -268,6 +281,7 @@ def row_case(
         constexprs=values,
         num_warps=tile.warps,
         num_stages=3,
-        wide=tuple(n for n in wide if n not in absent),
+        wide=wide,
+        narrow=narrow,
         not_aligned=("M",),
     )

@@ -31,8 +31,14 @@ def rows() -> dict[tuple[str, str], dict[str, Any]]:
         ("good copy", None),
         ("good matmul", None),
         ("loop", None),
-        ("narrow load", "x: accesses narrower than 128 bits (8 x ld16)"),
-        ("no such pointer", "z: no access found"),
+        ("narrow load", "x: accesses narrower than 128 bits (8 x ld16), expected none"),
+        ("no such pointer", "z: no access of 128 bits found"),
+        ("good tail", None),
+        ("tail not promised", "y: accesses narrower than 128 bits (1 x st32), expected none"),
+        ("main block narrow", "x: accesses narrower than 128 bits (10 x ld16), expected 1 x ld32"),
+        ("only a tail", "x: no access of 128 bits found"),
+        ("rows", None),
+        ("rows off their alignment", "x: accesses narrower than 128 bits ("),
         ("no matrix instruction", "no matrix instruction in the PTX"),
         ("too much shared memory", "bytes of shared memory, the chip has"),
         ("spills", "bytes a thread, budget 0"),
@@ -181,7 +187,8 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     output = capsys.readouterr()
     assert "narrow load" in output.out  # the table
     assert output.err.endswith(
-        "aot_faults: narrow load: sm_90: x: accesses narrower than 128 bits (8 x ld16)\n"
+        "aot_faults: narrow load: sm_90: x: accesses narrower than 128 bits (8 x ld16),"
+        " expected none\n"
     )
     assert aot.main(["--only", "nothing of this name", "--workers", "1"]) == 2
 

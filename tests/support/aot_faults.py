@@ -7,6 +7,7 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
+from pythia_fast.kernels import layer_norm
 from pythia_fast.kernels.aot_case import AotCase
 
 
@@ -46,6 +47,15 @@ def sum_rows(x, y, n, BLOCK: tl.constexpr):
     tl.store(y + tl.arange(0, BLOCK), total)
 
 
+@triton.jit
+def copy_with_tail(x, y):
+    """1024 + 256 of 16 bits by 128 threads: 128 bits each, then 32."""
+    i = tl.arange(0, 1024)
+    tl.store(y + i, tl.load(x + i))
+    i = 1024 + tl.arange(0, 256)
+    tl.store(y + i, tl.load(x + i))
+
+
 _COPY = AotCase(
     name="good copy",
     kernel=copy,
@@ -79,6 +89,19 @@ _CENTER = AotCase(
 )
 
 
+_TAIL = AotCase(
+    name="good tail",
+    kernel=copy_with_tail,
+    signature={"x": "*bf16", "y": "*bf16"},
+    constexprs={},
+    num_warps=4,
+    num_stages=1,
+    wide=("x", "y"),
+    narrow={"x": {"ld32": 1}, "y": {"st32": 1}},
+)
+_ROW = next(c for c in layer_norm.aot_cases() if c.name == "2.8b layer norm backward bf16")
+
+
 def aot_cases() -> list[AotCase]:
     huge = {"BM": 128, "BN": 256, "BK": 128}
     return [
@@ -86,6 +109,13 @@ def aot_cases() -> list[AotCase]:
         _MATMUL,
         replace(_COPY, name="narrow load", not_aligned=("x",)),
         replace(_COPY, name="no such pointer", wide=("z",)),
+        _TAIL,
+        replace(_TAIL, name="tail not promised", narrow={"x": {"ld32": 1}}),
+        replace(_TAIL, name="main block narrow", not_aligned=("x",)),
+        replace(_TAIL, name="only a tail", narrow={"x": {"ld16": 10}, "y": {"st32": 1}},
+                not_aligned=("x",)),
+        replace(_ROW, name="rows"),
+        replace(_ROW, name="rows off their alignment", not_aligned=("M", "stride_x")),
         replace(_COPY, name="no matrix instruction", matrix=True),
         replace(_MATMUL, name="too much shared memory", constexprs=huge, num_stages=4),
         _CENTER,
