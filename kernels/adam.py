@@ -311,7 +311,7 @@ class AdamWList:
         grads: list[Tensor],
         decays: list[bool],
     ) -> None:
-        """Arguments as in `adamw_list_`. Raises ValueError, TypeError; RuntimeError in a capture."""
+        """Arguments as in `adamw_list_`. Raises ValueError, TypeError, RuntimeError (a capture)."""
         _check_lists(weights, masters, exp_avgs, exp_avg_sqs, grads, decays)
         self.columns = (weights, masters, exp_avgs, exp_avg_sqs, grads)
         rows = [

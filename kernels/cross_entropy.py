@@ -25,7 +25,7 @@ host synchronisation. A logit of −inf has probability 0; a row with NaN, +inf 
 
 fp16: dlogits are rounded when they are written, so the loss scale belongs in `scale`, not on the
 loss. Tensor parallel: `cross_entropy_stats` and `cross_entropy_grad_` are the two sweeps of one
-vocabulary shard.
+vocabulary shard, and `cross_entropy_combine` makes losses of all shards' statistics between them.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from pythia_fast.kernels.rows import programs
 BLOCK = 16384  # columns of a full tile: 4 independent 16-byte loads a thread for 16 bits
 WARPS = 16
 ROWS_PER_SM = 2
+BLOCK_COMBINE = 512  # rows whose shards a program combines
 
 LOWEST = tl.constexpr(-1e38)  # finite, so that −inf − LOWEST is not NaN
 
@@ -191,12 +192,47 @@ def _cross_entropy_stats_kernel(
         p_row = logits + tl.cast(i_row, tl.int64) * stride
         i_target = tl.load(targets + i_row) - vocab_start
         m_target = (i_target >= 0) & (i_target < V)
-        b_target = tl.load(p_row + i_target, mask=m_target, other=0.0).to(tl.float32)
+        b_target = tl.load(p_row + i_target, mask=m_target, other=float("nan")).to(tl.float32)
 
         b_max, b_sum = row_max_sum(p_row, V, BLOCK, TAIL, VEC)
         tl.store(row_max + i_row, b_max)
         tl.store(row_sum + i_row, b_sum)
         tl.store(row_target + i_row, b_target)
+
+
+@triton.jit
+def _cross_entropy_combine_kernel(
+    row_max,  # (S, M) fp32, row stride stride_max
+    row_sum,  # (S, M) fp32, row stride stride_sum
+    row_target,  # (S, M) fp32, row stride stride_target; NaN: the target is of another shard
+    losses,  # (M,) fp32
+    lse,  # (M,) fp32
+    S,
+    M,
+    stride_max,
+    stride_sum,
+    stride_target,
+    scale,
+    BLOCK: tl.constexpr,
+):
+    o_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_row = o_row < M
+    b_m = tl.load(row_max + o_row, mask=m_row, other=0.0)
+    b_s = tl.load(row_sum + o_row, mask=m_row, other=1.0)
+    b_target = tl.load(row_target + o_row, mask=m_row, other=0.0)
+    for i_shard in range(1, S):
+        b_max = tl.load(row_max + i_shard * stride_max + o_row, mask=m_row, other=0.0)
+        b_new = tl.maximum(b_m, b_max)
+        b_sum = tl.load(row_sum + i_shard * stride_sum + o_row, mask=m_row, other=0.0)
+        b_s = exp(b_m - b_new) * b_s + exp(b_max - b_new) * b_sum
+        b_m = b_new
+        b_t = tl.load(row_target + i_shard * stride_target + o_row, mask=m_row, other=0.0)
+        b_target = tl.where(b_t == b_t, b_t, b_target)
+    b_log = tl.log(b_s)
+    tl.store(losses + o_row, scale * ((b_m - b_target) + b_log), mask=m_row)
+    # no shard has the target: NaN, and so will be the gradient
+    b_lse = tl.where(b_target == b_target, b_m + b_log, b_target)
+    tl.store(lse + o_row, b_lse, mask=m_row)
 
 
 @triton.jit
@@ -274,11 +310,8 @@ def cross_entropy_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What one vocabulary shard adds: per row (max, Σexp(logit − max), target's logit), fp32.
 
-    logits (M, V/p) are columns [vocab_start, vocab_start + V/p); a row whose target lies elsewhere
-    contributes a target logit of 0. Shards combine by
-    m = max mᵢ, s = Σ sᵢ·exp(mᵢ − m), loss = m + log s − Σ tᵢ.
-
-    An id outside the whole vocabulary looks like one of another shard: `check_targets` tells.
+    logits (M, V/p) are columns [vocab_start, vocab_start + V/p); the target's logit is NaN in a row
+    whose target lies elsewhere. `cross_entropy_combine` makes the loss of all shards' numbers.
     """
     _check_inputs(logits, targets)
     count, device = logits.shape[0], logits.device
@@ -298,12 +331,50 @@ def cross_entropy_stats(
     return stats
 
 
+def cross_entropy_combine(
+    row_max: Tensor, row_sum: Tensor, row_target: Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """scale · loss of each row, and its log-sum-exp over the whole vocabulary, (M,) fp32 each.
+
+        m = max mᵢ    s = Σ sᵢ·exp(mᵢ − m)    lse = m + log s    loss = (m − t) + log s
+
+    row_max, row_sum, row_target (p, M) fp32: what `cross_entropy_stats` gave on each of p shards, t
+    the one target logit that is not NaN. Where no shard has it, the id is outside of the vocabulary (or
+    a shard is missing): both results are NaN, and by lse the gradient of `cross_entropy_grad_`.
+    """
+    fp32, device = (torch.float32,), row_max.device if isinstance(row_max, Tensor) else None
+    check(row_max, "row_max", dtypes=fp32, rank=2)
+    for statistic, name in ((row_sum, "row_sum"), (row_target, "row_target")):
+        check(statistic, name, dtypes=fp32, shape=row_max.shape, device=device)
+    shards, count = row_max.shape
+    if shards == 0:
+        raise ValueError(f"row_max: shape {tuple(row_max.shape)}, expected (p, M) with p ≥ 1")
+    losses, lse = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
+    if count:
+        _cross_entropy_combine_kernel[(triton.cdiv(count, BLOCK_COMBINE),)](
+            row_max=row_max,
+            row_sum=row_sum,
+            row_target=row_target,
+            losses=losses,
+            lse=lse,
+            S=shards,
+            M=count,
+            stride_max=row_max.stride(0),
+            stride_sum=row_sum.stride(0),
+            stride_target=row_target.stride(0),
+            scale=float(scale),
+            BLOCK=BLOCK_COMBINE,
+            num_warps=4,
+        )
+    return losses, lse
+
+
 def cross_entropy_grad_(
     logits: Tensor, targets: Tensor, lse: Tensor, scale: float, vocab_start: int = 0
 ) -> Tensor:
     """logits ← scale · (exp(logits − lse) − onehot(target)), in place; returns logits.
 
-    logits (M, V/p) as in `cross_entropy_stats`; lse (M,) fp32, the log-sum-exp over all shards.
+    logits (M, V/p) as in `cross_entropy_stats`; lse (M,) fp32 as `cross_entropy_combine` gives it.
     """
     _check_inputs(logits, targets)
     check(lse, "lse", dtypes=(torch.float32,), shape=targets.shape, device=logits.device)
@@ -410,6 +481,19 @@ def aot_cases() -> Iterator[AotCase]:
             num_stages=1,
             wide=("dlogits",),
         )
+    shards = dict.fromkeys(("row_max", "row_sum", "row_target", "losses", "lse"), "*fp32")
+    yield AotCase(
+        name="combination of shards",
+        kernel=_cross_entropy_combine_kernel,
+        signature=shards
+        | dict.fromkeys(("S", "M", "stride_max", "stride_sum", "stride_target"), "i32")
+        | {"scale": "fp32", "BLOCK": "constexpr"},
+        constexprs={"BLOCK": BLOCK_COMBINE},
+        num_warps=4,
+        num_stages=1,
+        wide=tuple(shards),
+        not_aligned=("S",),
+    )
 
 
 def _case(name, kernel, arguments, dtype, columns, sweeps: str, more=None) -> AotCase:

@@ -90,7 +90,7 @@ _CENTER = AotCase(
 
 
 _TAIL = AotCase(
-    name="good tail",
+    name="tail kept",
     kernel=copy_with_tail,
     signature={"x": "*bf16", "y": "*bf16"},
     constexprs={},
@@ -112,8 +112,12 @@ def aot_cases() -> list[AotCase]:
         _TAIL,
         replace(_TAIL, name="tail not promised", narrow={"x": {"ld32": 1}}),
         replace(_TAIL, name="main block narrow", not_aligned=("x",)),
-        replace(_TAIL, name="only a tail", narrow={"x": {"ld16": 10}, "y": {"st32": 1}},
-                not_aligned=("x",)),
+        replace(
+            _TAIL,
+            name="only a tail",
+            narrow={"x": {"ld16": 10}, "y": {"st32": 1}},
+            not_aligned=("x",),
+        ),
         replace(_ROW, name="rows"),
         replace(_ROW, name="rows off their alignment", not_aligned=("M", "stride_x")),
         replace(_COPY, name="no matrix instruction", matrix=True),

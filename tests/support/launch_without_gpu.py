@@ -96,7 +96,9 @@ def losses(count: int, vocabulary: int) -> None:
     logits = torch.randn(count, vocabulary).to(BF16)
     targets = torch.zeros(count, dtype=torch.int64)
     cross_entropy.cross_entropy_fwd(logits, targets, 1.0, True)
-    cross_entropy.cross_entropy_stats(logits, targets, 1)
+    stats = cross_entropy.cross_entropy_stats(logits, targets, 1)
+    for shards in (1, 4):
+        cross_entropy.cross_entropy_combine(*(s.expand(shards, -1) for s in stats))
     cross_entropy.cross_entropy_grad_(logits, targets, torch.zeros(count), 1.0, 1)
     cross_entropy.cross_entropy_bwd(logits, torch.ones(()))
 
