@@ -458,7 +458,6 @@ def aot_cases() -> Iterator[AotCase]:
                 signature=signature | rates | {"BLOCK": "constexpr"},
                 constexprs=constexprs,
                 num_warps=WARPS,
-                num_stages=1,
                 wide=tuple(n for n in (*streams, "grad") if signature[n] != "constexpr"),
             )
     for weight, grad in ((tl.bfloat16, tl.float32), (tl.float16, tl.float32), (None, tl.float32)):
@@ -470,7 +469,6 @@ def aot_cases() -> Iterator[AotCase]:
             signature=signature | dict.fromkeys(constexprs, "constexpr"),
             constexprs=constexprs,
             num_warps=WARPS,
-            num_stages=1,
             wide=("?",),  # addresses from memory; only a tensor's last tile is element by element
             narrow={"?": {"ld32": 32, "st32": 24} | ({"st16": 8} if weight else {})},
         )
@@ -481,7 +479,6 @@ def aot_cases() -> Iterator[AotCase]:
             signature={"grad": f"*{grad}", "partials": "*fp32", "n": "i64", "BLOCK": "constexpr"},
             constexprs={"BLOCK": NORM_BLOCK},
             num_warps=NORM_WARPS,
-            num_stages=1,
             wide=("grad",),
         )
     yield AotCase(
@@ -490,6 +487,5 @@ def aot_cases() -> Iterator[AotCase]:
         signature={"partials": "*fp32", "norm": "*fp32", "P": "i32", "BLOCK": "constexpr"},
         constexprs={"BLOCK": NORM_PROGRAMS},
         num_warps=NORM_WARPS,
-        num_stages=1,
         wide=("partials",),
     )

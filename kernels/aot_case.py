@@ -21,7 +21,7 @@ class AotCase:
     signature: dict[str, str]
     constexprs: dict[str, object]  # a value for each "constexpr" of the signature
     num_warps: int
-    num_stages: int
+    num_stages: int = 3  # Triton's default, which the launchers leave as it is
     wide: tuple[str, ...] = ()  # pointers that must be accessed 128 bits a thread ...
     # ... except for so many accesses of other widths, {"x": {"ld64": 3}}, where a tail is narrower
     narrow: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

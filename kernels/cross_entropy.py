@@ -41,12 +41,14 @@ from torch.autograd.function import once_differentiable
 
 from pythia_fast.kernels.aot_case import AotCase
 from pythia_fast.kernels.checks import check
-from pythia_fast.kernels.rows import programs
+from pythia_fast.kernels.rows import SUITE, programs
 
 BLOCK = 16384  # columns of a full tile: 4 independent 16-byte loads a thread for 16 bits
 WARPS = 16
 ROWS_PER_SM = 2
 BLOCK_COMBINE = 512  # rows whose shards a program combines
+
+VOCABULARIES = (("70m", 50304), ("6.9b", 50432), ("12b", 50688))  # 50304 up to 2.8B
 
 LOWEST = tl.constexpr(-1e38)  # finite, so that −inf − LOWEST is not NaN
 
@@ -260,15 +262,20 @@ def _cross_entropy_grad_kernel(
         )
 
 
-def cross_entropy_fwd(logits: Tensor, targets: Tensor, scale: float, write_grad: bool) -> Tensor:
+def cross_entropy_fwd(
+    logits: Tensor, targets: Tensor, scale: float, write_grad: bool, losses: Tensor | None = None
+) -> Tensor:
     """scale · loss of each row, (M,) fp32; dlogits over the logits where write_grad.
 
-    logits (M, V) with rows at one stride, targets (M,) int64. Raises ValueError, TypeError.
+    logits (M, V) with rows at one stride, targets (M,) int64. losses: where the result goes, None
+    allocates. Raises ValueError, TypeError.
     """
     _check_inputs(logits, targets)
     if not logits.is_cuda:
         check_targets(targets, logits.shape[1])
-    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    if losses is None:
+        losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    check(losses, "losses", dtypes=(torch.float32,), shape=targets.shape, device=logits.device)
     if len(losses):
         _cross_entropy_fwd_kernel[_grid(logits)](
             logits=logits,
@@ -290,16 +297,14 @@ def cross_entropy_bwd(dlogits: Tensor, dloss: Tensor) -> Tensor:
     check(dlogits, "dlogits", rank=2)
     check(dloss, "dloss", shape=(), device=dlogits.device)
     if dlogits.numel():
-        vec = 16 // dlogits.element_size()
-        _cross_entropy_bwd_kernel[_grid(dlogits)](
+        tiles = _bwd_tiles(dlogits)
+        per_sm = ROWS_PER_SM * WARPS // tiles["num_warps"]
+        _cross_entropy_bwd_kernel[_grid(dlogits, per_sm)](
             dlogits=dlogits,
             dloss=dloss,
             M=dlogits.shape[0],
             stride=dlogits.stride(0),
-            N=dlogits.shape[1],
-            BLOCK=min(BLOCK, max(triton.next_power_of_2(dlogits.shape[1]), vec)),
-            VEC=vec,
-            num_warps=WARPS,
+            **tiles,
         )
     torch.autograd.graph.increment_version(dlogits)
     return dlogits
@@ -339,8 +344,8 @@ def cross_entropy_combine(
         m = max mᵢ    s = Σ sᵢ·exp(mᵢ − m)    lse = m + log s    loss = (m − t) + log s
 
     row_max, row_sum, row_target (p, M) fp32: what `cross_entropy_stats` gave on each of p shards, t
-    the one target logit that is not NaN. Where no shard has it, the id is outside of the vocabulary (or
-    a shard is missing): both results are NaN, and by lse the gradient of `cross_entropy_grad_`.
+    the one target logit that is not NaN. Where no shard has it, the id is outside of the vocabulary
+    (or a shard is missing): both results are NaN, and by lse the gradient of `cross_entropy_grad_`.
     """
     fp32, device = (torch.float32,), row_max.device if isinstance(row_max, Tensor) else None
     check(row_max, "row_max", dtypes=fp32, rank=2)
@@ -410,8 +415,8 @@ def _check_inputs(logits: Tensor, targets: Tensor) -> None:
         raise ValueError(f"logits: strides {logits.stride()}, the rows overlap")
 
 
-def _grid(rows: Tensor) -> tuple[int]:
-    return (min(rows.shape[0], programs(rows.device, ROWS_PER_SM)),)
+def _grid(rows: Tensor, per_sm: int = ROWS_PER_SM) -> tuple[int]:
+    return (min(rows.shape[0], programs(rows.device, per_sm)),)
 
 
 def _tiles(logits: Tensor) -> dict[str, int]:
@@ -419,6 +424,14 @@ def _tiles(logits: Tensor) -> dict[str, int]:
     columns, vec = logits.shape[1], 16 // logits.element_size()
     tail = max(triton.next_power_of_2(columns % BLOCK), vec)
     return {"V": columns, "BLOCK": BLOCK, "TAIL": tail, "VEC": vec, "num_warps": WARPS}
+
+
+def _bwd_tiles(rows: Tensor) -> dict[str, int]:
+    """The same of the backward; as many warps as a tile has 16 bytes for each thread."""
+    columns, vec = rows.shape[1], 16 // rows.element_size()
+    block = min(BLOCK, max(triton.next_power_of_2(columns), vec))
+    warps = min(max(block // (32 * vec), 1), WARPS)
+    return {"N": columns, "BLOCK": block, "VEC": vec, "num_warps": warps}
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -451,9 +464,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, scale: float | None = None) -
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Every vocabulary of the suite (50304 up to 2.8B, 50432 at 6.9B, 50688 at 12B), and shards."""
+    """Every vocabulary of the suite and shards of the largest; the backward also scales the (M, h)
+    and (V, h) gradients of `linear_cross_entropy`."""
     for dtype in ("bf16", "fp16"):
-        for size, columns in (("70m", 50304), ("6.9b", 50432), ("12b", 50688)):
+        for size, columns in VOCABULARIES:
             row = {"logits": f"*{dtype}", "targets": "*i64", "losses": "*fp32"}
             row |= {"M": "i32", "stride": "i32", "scale": "fp32"}
             for what, grad in (("forward with gradient", True), ("forward", False)):
@@ -471,16 +485,19 @@ def aot_cases() -> Iterator[AotCase]:
             name = f"{size} shard gradient {dtype}"
             yield _case(name, _cross_entropy_grad_kernel, grad, dtype, columns, "ld st")
         row = {"dlogits": f"*{dtype}", "dloss": "*fp32", "M": "i32", "stride": "i32"}
-        constexprs = {"N": 50304, "BLOCK": BLOCK, "VEC": 8}
-        yield AotCase(
-            name=f"70m backward {dtype}",
-            kernel=_cross_entropy_bwd_kernel,
-            signature=row | dict.fromkeys(constexprs, "constexpr"),
-            constexprs=constexprs,
-            num_warps=WARPS,
-            num_stages=1,
-            wide=("dlogits",),
-        )
+        widths = [(f"{size} backward", columns) for size, columns in VOCABULARIES]
+        widths += [(f"{size} backward of the head", h) for size, h in SUITE.items()]
+        for what, columns in widths:
+            constexprs = _bwd_tiles(torch.empty(0, columns, dtype=_DTYPES[dtype]))
+            warps = constexprs.pop("num_warps")
+            yield AotCase(
+                name=f"{what} {dtype}",
+                kernel=_cross_entropy_bwd_kernel,
+                signature=row | dict.fromkeys(constexprs, "constexpr"),
+                constexprs=constexprs,
+                num_warps=warps,
+                wide=("dlogits",),
+            )
     shards = dict.fromkeys(("row_max", "row_sum", "row_target", "losses", "lse"), "*fp32")
     yield AotCase(
         name="combination of shards",
@@ -490,7 +507,6 @@ def aot_cases() -> Iterator[AotCase]:
         | {"scale": "fp32", "BLOCK": "constexpr"},
         constexprs={"BLOCK": BLOCK_COMBINE},
         num_warps=4,
-        num_stages=1,
         wide=tuple(shards),
         not_aligned=("S",),
     )
@@ -510,7 +526,6 @@ def _case(name, kernel, arguments, dtype, columns, sweeps: str, more=None) -> Ao
         signature=arguments | dict.fromkeys(constexprs, "constexpr"),
         constexprs=constexprs,
         num_warps=warps,
-        num_stages=1,
         wide=("logits",),
         narrow={"logits": narrow},
         spill_budget=8,  # sm_100: one address, outside the loops

@@ -200,8 +200,8 @@ def cross_entropy_combine(
         m = max mᵢ    s = Σ sᵢ·exp(mᵢ − m)    lse = m + log s    loss = (m − t) + log s
 
     row_max, row_sum, row_target (p, M) fp32: what `cross_entropy_stats` gave on each of p shards, t
-    the one target logit that is not NaN. Where no shard has it, the id is outside of the vocabulary (or
-    a shard is missing): both results are NaN, and by lse the gradient of `cross_entropy_grad_`.
+    the one target logit that is not NaN. Where no shard has it, the id is outside of the vocabulary
+    (or a shard is missing): both results are NaN, and by lse the gradient of `cross_entropy_grad_`.
     """
     m = row_max.amax(dim=0)
     log_s = (row_sum * (row_max - m).exp()).sum(dim=0).log()

@@ -55,6 +55,7 @@ def tile_for(table: dict[int, Tile], h: int) -> Tile:
     return table[min((n for n in table if n >= h), default=max(table))]
 
 
+@lru_cache
 def column_blocks(columns: int) -> tuple[int, ...]:
     """Widths of the blocks of one row: the largest power of two, then the rest rounded up."""
     main = 1 << (columns.bit_length() - 1)
@@ -243,7 +244,6 @@ def aot_cases() -> Iterator[AotCase]:
             | {"BLOCK_P": "constexpr", "BLOCK_N": "constexpr"},
             constexprs={"BLOCK_P": 64, "BLOCK_N": 32},
             num_warps=4,
-            num_stages=3,
             wide=("partials",),
             not_aligned=("P",),
         )
@@ -280,7 +280,6 @@ def row_case(
         signature={n: types.get(n, f"*{name.split()[-1]}") for n in kernel.arg_names},
         constexprs=values,
         num_warps=tile.warps,
-        num_stages=3,
         wide=wide,
         narrow=narrow,
         not_aligned=("M",),
