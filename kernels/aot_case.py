@@ -26,6 +26,7 @@ class AotCase:
     # ... except for so many accesses of other widths, {"x": {"ld64": 3}}, where a tail is narrower
     narrow: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     not_aligned: tuple[str, ...] = ()  # pointers and integers that are not multiples of 16
+    per_sm: int = 1  # programs of a launch that an SM must hold together: a walk is one wave
     matrix: bool = False  # a matrix instruction must appear
     loop_flops: int = 0  # matrix FLOPs that an iteration of the hot loop needs, 0: not asked
     spill_budget: int = 0  # bytes a thread; the hot loop has a limit of its own

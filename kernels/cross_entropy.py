@@ -429,8 +429,8 @@ def _tiles(logits: Tensor) -> dict[str, int]:
 def _bwd_tiles(rows: Tensor) -> dict[str, int]:
     """The same of the backward; as many warps as a tile has 16 bytes for each thread."""
     columns, vec = rows.shape[1], 16 // rows.element_size()
-    block = min(BLOCK, max(triton.next_power_of_2(columns), vec))
-    warps = min(max(block // (32 * vec), 1), WARPS)
+    block = min(BLOCK, max(triton.next_power_of_2(columns), 32 * vec))
+    warps = min(block // (32 * vec), WARPS)
     return {"N": columns, "BLOCK": block, "VEC": vec, "num_warps": warps}
 
 
@@ -497,6 +497,7 @@ def aot_cases() -> Iterator[AotCase]:
                 constexprs=constexprs,
                 num_warps=warps,
                 wide=("dlogits",),
+                per_sm=ROWS_PER_SM * WARPS // warps,
             )
     shards = dict.fromkeys(("row_max", "row_sum", "row_target", "losses", "lse"), "*fp32")
     yield AotCase(
@@ -528,6 +529,7 @@ def _case(name, kernel, arguments, dtype, columns, sweeps: str, more=None) -> Ao
         num_warps=warps,
         wide=("logits",),
         narrow={"logits": narrow},
+        per_sm=ROWS_PER_SM,
         spill_budget=8,  # sm_100: one address, outside the loops
     )
 

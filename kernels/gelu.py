@@ -37,7 +37,7 @@ from pythia_fast.kernels.rows import SUITE, Tile, programs, sum_partials
 
 BLOCK_N = 1024
 FORWARD = Tile(rows=4, warps=4)
-BACKWARD = Tile(rows=2, warps=4, stages=3, per_sm=8)
+BACKWARD = Tile(rows=2, warps=4, stages=3, per_sm=6)
 
 APPROXIMATE = ("tanh", "none")
 
@@ -286,5 +286,6 @@ def _case(name: str, kernel, n: int, tile: Tile) -> AotCase:
         constexprs=constexprs,
         num_warps=tile.warps,
         wide=tuple(a for a in ("x", "y", "dy", "dx") if a in kernel.arg_names),
+        per_sm=tile.per_sm,
         not_aligned=("M", "P"),
     )

@@ -47,7 +47,7 @@ class Tile:
     rows: int
     warps: int
     stages: int = 1  # of a walk: stages − 1 tiles are fetched ahead by cp.async; 1 = plain loads
-    per_sm: int = 1  # of a walk: programs per SM
+    per_sm: int = 1  # of a walk: programs per SM, no more than it can hold (one wave)
 
 
 def tile_for(table: dict[int, Tile], h: int) -> Tile:
@@ -282,5 +282,6 @@ def row_case(
         num_warps=tile.warps,
         wide=wide,
         narrow=narrow,
+        per_sm=tile.per_sm,
         not_aligned=("M",),
     )

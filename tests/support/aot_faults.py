@@ -122,6 +122,8 @@ def aot_cases() -> list[AotCase]:
         replace(_ROW, name="rows off their alignment", not_aligned=("M", "stride_x")),
         replace(_COPY, name="no matrix instruction", matrix=True),
         replace(_MATMUL, name="too much shared memory", constexprs=huge, num_stages=4),
+        replace(_COPY, name="fits often enough", per_sm=16),
+        replace(_COPY, name="does not fit", per_sm=17),  # 16 blocks of 4 warps
         _CENTER,
         replace(_CENTER, name="spills within budget", spill_budget=1 << 20),
         replace(_CENTER, name="does not compile", constexprs={"BLOCK": 1000}),
