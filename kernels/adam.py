@@ -14,8 +14,9 @@ gradient read, 4; weight written, 2), 28 without weights, 2 fewer with bf16 grad
 reads the gradient once more, 4 or 2. About 25 FLOPs a parameter: bound by memory bandwidth. There
 is no pass that clears the gradient: the first microbatch of a step overwrites it.
 
-A thread has 8 elements of each stream, all loads of which (up to 8 of 16 bytes) are independent of
-each other. Only a last tile that is not full is masked. Offsets are 64-bit.
+Loads in flight (sm_90): a thread has 8 elements of each stream, 7 or 8 independent loads of 16
+bytes, 126 to 168 KB an SM (the list form 96 KB or more); `grad_norm` has 8 of fp32 and 4 of bf16,
+144 and 72 KB. Only a last tile that is not full is masked. Offsets are 64-bit.
 
 `grad_norm` is deterministic, and the same on any device: NORM_PROGRAMS programs walk the buffer
 with a fixed stride and write one fp32 partial each, which a second launch adds in a fixed order.

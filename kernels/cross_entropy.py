@@ -14,6 +14,8 @@ thread of 1024, and spills. Two rows an SM are in flight instead, 2 · 100.6 KB 
 the first sweep leaves in L1 (256 KB an SM) or at the worst in L2 (264 rows, 26.5 MB of 60 MB on an
 H200).
 
+Loads in flight (bf16, sm_90): 4 independent 16-byte loads a thread, 64 KB an SM.
+
 Necessary bytes a row of V 16-bit logits: 4·V with the gradient (read, written), 2·V without. About
 12 FLOPs and 2.1 exp an element: bound by memory bandwidth (the exps of a row take 60 % of the time
 its bytes take at 4.3 TB/s over 132 SMs of 16 exp a clock, so both must overlap).

@@ -19,6 +19,9 @@ and 8·P·n for the partials. About 10 (tanh) and 17 (none) FLOPs an element for
 backward, and 2 special-function results: bound by memory bandwidth, but not by much. Compiled for
 sm_90 the forward issues 54 % (tanh) and 74 % (none) of the instructions that an H200 can issue
 while it moves those bytes at 4.3 TB/s and 1.83 GHz, the backward 63 % and 65 %.
+
+Loads in flight (bf16, sm_90): forward 4 independent 16-byte loads a thread, 80 to 96 KB an SM (48
+KB at n = 512). Backward: the next two tiles of x and dy, 96 KB an SM (48 KB at n = 512).
 """
 
 from __future__ import annotations
