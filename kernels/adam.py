@@ -300,7 +300,8 @@ class AdamWList:
     """The tensors of `adamw_list_`, checked once, and the table of their addresses on the device.
 
     Holds tensors and table, so both live as long as it does: keep it with the CUDA graph that
-    captured its `step_`. A tensor that is replaced, say a gradient made anew, needs a new one.
+    captured its `step_`. A tensor that is replaced, say a gradient made anew, needs a new one. The
+    table is copied on the current stream; another stream must wait for it before `step_`.
     """
 
     def __init__(
