@@ -18,7 +18,9 @@ def copy(x, y, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def matmul(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def matmul(
+    a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
     rk = tl.arange(0, BK)
@@ -27,6 +29,8 @@ def matmul(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexp
         left = tl.load(a + rm[:, None] * K + (k + rk)[None, :])
         right = tl.load(b + (k + rk)[:, None] * N + rn[None, :])
         total = tl.dot(left, right, total)
+        if MASKED:
+            total = tl.where((rn < k)[None, :], total, 0.0)
     tl.store(c + rm[:, None] * N + rn[None, :], total.to(c.dtype.element_ty))
 
 
@@ -71,13 +75,14 @@ _MATMUL = AotCase(
     signature={
         **dict.fromkeys("abc", "*bf16"),
         **dict.fromkeys("MNK", "i32"),
-        **dict.fromkeys(("BM", "BN", "BK"), "constexpr"),
+        **dict.fromkeys(("BM", "BN", "BK", "MASKED"), "constexpr"),
     },
-    constexprs={"BM": 128, "BN": 128, "BK": 64},
+    constexprs={"BM": 128, "BN": 128, "BK": 64, "MASKED": False},
     num_warps=8,
     num_stages=3,
     wide=("a", "b", "c"),
     matrix=True,
+    loop_flops=2 * 128 * 128 * 64,
 )
 _CENTER = AotCase(
     name="spills",
@@ -103,7 +108,8 @@ _ROW = next(c for c in layer_norm.aot_cases() if c.name == "2.8b layer norm back
 
 
 def aot_cases() -> list[AotCase]:
-    huge = {"BM": 128, "BN": 256, "BK": 128}
+    huge = {"BM": 128, "BN": 256, "BK": 128, "MASKED": False}
+    masked = {**_MATMUL.constexprs, "MASKED": True}
     return [
         _COPY,
         _MATMUL,
@@ -121,9 +127,13 @@ def aot_cases() -> list[AotCase]:
         replace(_ROW, name="rows"),
         replace(_ROW, name="rows off their alignment", not_aligned=("M", "stride_x")),
         replace(_COPY, name="no matrix instruction", matrix=True),
-        replace(_MATMUL, name="too much shared memory", constexprs=huge, num_stages=4),
         replace(_COPY, name="fits often enough", per_sm=16),
         replace(_COPY, name="does not fit", per_sm=17),  # 16 blocks of 4 warps
+        replace(
+            _MATMUL, name="too much shared memory", constexprs=huge, num_stages=4, loop_flops=0
+        ),
+        replace(_MATMUL, name="mask in the loop", constexprs=masked, architectures=("sm_90",)),
+        replace(_MATMUL, name="padded product", loop_flops=128 * 128 * 64),
         _CENTER,
         replace(_CENTER, name="spills within budget", spill_budget=1 << 20),
         replace(_CENTER, name="does not compile", constexprs={"BLOCK": 1000}),

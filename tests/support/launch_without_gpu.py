@@ -80,6 +80,7 @@ from pythia_fast.kernels import (  # noqa: E402
     adam,
     attention,
     attention_bwd,
+    attention_decode,
     checks,
     cross_entropy,
     gelu,
@@ -160,6 +161,9 @@ def attend(length: int, heads: int, dim: int) -> None:
         ctx, lse = attention.attention_fwd(qkv, doc_start)
         attention_bwd.attention_bwd(qkv, ctx, lse, ctx, table, table, doc_start)
     attention_bwd.attention_bwd(qkv, ctx, lse, ctx, deterministic=False)
+    cache = torch.randn(1, heads, length, dim).to(BF16)
+    for first in (None, torch.zeros(1, dtype=torch.int32)):
+        attention_decode.attention_decode(qkv[:, -1:, :, :dim], cache, cache, length, first)
 
 
 def suite() -> None:
