@@ -207,7 +207,7 @@ def violations(case: AotCase, row: dict[str, Any]) -> list[str]:
         found.append(f"{fit} programs fit an SM, {case.per_sm} are launched for each")
     if case.matrix and row["matrix"] is None:
         found.append("no matrix instruction in the PTX")
-    for pointer in case.wide:
+    for pointer in dict.fromkeys((*case.wide, *case.narrow)):
         accesses = row["accesses"].get(pointer, {})
         narrow = {a: n for a, n in accesses.items() if int(a.lstrip("abcdelmorst")) < WIDE_BITS}
         if narrow != dict(case.narrow.get(pointer, {})):
@@ -215,7 +215,7 @@ def violations(case: AotCase, row: dict[str, Any]) -> list[str]:
                 f"{pointer}: accesses narrower than {WIDE_BITS} bits ({_listed(narrow)}),"
                 f" expected {_listed(case.narrow.get(pointer, {}))}"
             )
-        elif len(narrow) == len(accesses):
+        elif pointer in case.wide and len(narrow) == len(accesses):
             found.append(f"{pointer}: no access of {WIDE_BITS} bits found")
     return found
 
@@ -229,8 +229,8 @@ def _loop_violations(case: AotCase, loop: dict[str, Any], arch: str) -> list[str
     if loop["selects"]:
         found.append(f"the hot loop masks ({loop['selects']} selects)")
     issued, needed = loop["flops"], case.loop_flops
-    if arch in EXACT_FLOPS and not needed <= issued <= EXACT_FLOPS[arch] * needed:
-        found.append(f"the hot loop issues {issued:.0f} FLOPs, {needed} are needed")
+    if arch in EXACT_FLOPS and not needed <= (issued or 0) <= EXACT_FLOPS[arch] * needed:
+        found.append(f"the hot loop issues {issued} FLOPs, {needed} are needed")
     return found
 
 

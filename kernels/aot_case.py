@@ -23,7 +23,7 @@ class AotCase:
     num_warps: int
     num_stages: int = 3  # Triton's default, which the launchers leave as it is
     wide: tuple[str, ...] = ()  # pointers that must be accessed 128 bits a thread ...
-    # ... except for so many accesses of other widths, {"x": {"ld64": 3}}, where a tail is narrower
+    # ... but for exactly these, {"x": {"ld64": 3}}: tails, or all where a row allows no more
     narrow: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     not_aligned: tuple[str, ...] = ()  # pointers and integers that are not multiples of 16
     per_sm: int = 1  # programs of a launch that an SM must hold together: a walk is one wave

@@ -98,7 +98,7 @@ def test_resident(
 def test_products_beyond_what_the_algebra_needs(rows: dict) -> None:
     """Counted where each instruction says its shape: on sm_90."""
     found = {arch: rows["padded product", arch]["violations"] for arch in aot.ARCHITECTURES}
-    assert found["sm_90"] == ["the hot loop issues 2097152 FLOPs, 1048576 are needed"]
+    assert found["sm_90"] == ["the hot loop issues 2097152.0 FLOPs, 1048576 are needed"]
     assert not found["sm_80"] and not found["sm_100"]
 
 
