@@ -140,7 +140,7 @@ def _attention_bwd_kernel(
     dq,  # (segments, B·H, D, PADDED) fp32, or None: dq is summed elsewhere
     d_qkv,  # (B, T, H, 3·D) contiguous; dk and dv are written
     T,
-    PADDED,  # T in whole tiles
+    PADDED,  # T in whole tiles of queries
     heads,  # B·H
     stride_b,
     stride_t,
@@ -290,7 +290,7 @@ def _launch(qkv, operands, tables, doc_end, deterministic: bool) -> None:
     if deterministic:
         segments = _segments(of_all, key_tiles, programs(qkv.device, 1))
     zeroed = not deterministic or doc_end is not None
-    padded = triton.cdiv(positions, tile.queries) * tile.queries
+    padded = triton.cdiv(positions, ROW_TILE) * ROW_TILE
     shape = (segments if deterministic else 1, of_all, d, padded)
     dq = (torch.zeros if zeroed else torch.empty)(shape, dtype=torch.float32, device=qkv.device)
     _attention_bwd_kernel[(segments * of_all,)](
@@ -309,7 +309,7 @@ def _launch(qkv, operands, tables, doc_end, deterministic: bool) -> None:
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    add_segments(dq, operands["d_qkv"], tables, tile)
+    add_segments(dq, operands["d_qkv"], tables, tile.keys)
 
 
 def _launch_apart(qkv, operands, doc_end) -> None:
@@ -365,4 +365,5 @@ def aot_cases() -> Iterator[AotCase]:
         yield from attention_cases(f"documents {what}", kernel, d, tiles, absent, products, **flags)
     for d in HEAD_DIMS:
         rows = Tile(ROW_TILE, ROW_TILE, warps=4, stages=3)
-        yield from attention_cases("delta", _attention_bwd_delta_kernel, d, (rows, rows))
+        wide = ("ctx", "d_ctx")
+        yield from attention_cases("delta", _attention_bwd_delta_kernel, d, (rows, rows), wide=wide)

@@ -46,7 +46,7 @@ def _attention_bwd_sum_kernel(
     sin,  # (≥T, HALF), row stride stride_sin, or None
     d_qkv,  # (B, T, H, 3·D) contiguous; dq is written
     T,
-    PADDED,  # T in whole tiles
+    PADDED,  # T in whole tiles of BLOCK_T, so that no load needs a mask
     H,
     stride_cos,
     stride_sin,
@@ -56,8 +56,7 @@ def _attention_bwd_sum_kernel(
     PARTS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # of the kernel that wrote dq
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # keys of a tile of the kernel that wrote dq, a multiple of BLOCK_T
 ):
     i_h = tl.program_id(0) % H  # the heads of a position lie side by side
     o_t = tl.program_id(0) // H * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -65,13 +64,14 @@ def _attention_bwd_sum_kernel(
     m_t = o_t < T
     p_out = d_qkv + i_b * T * (3 * D * H) + i_h * (3 * D) + o_t * (3 * D * H)
     p_head = dq + (i_b * H + i_h) * D * PADDED
+    # segment s begins with key s·BLOCK_N, which no query before it sees
+    last = tl.minimum(segments, tl.program_id(0) // H * BLOCK_T // BLOCK_N + 1)
     for i in tl.static_range(len(PARTS)):
         p = p_head + part_columns(i, PARTS)[:, None] * PADDED + o_t[None, :]
-        b_sum = tl.load(p, mask=m_t[None, :], other=0.0)  # (width, BLOCK_T)
-        for i_segment in range(1, segments):
+        b_sum = tl.load(p)  # (width, BLOCK_T)
+        for _ in range(1, last):
             p += stride_segment
-            m = m_t & (o_t >= i_segment * BLOCK_N // BLOCK_M * BLOCK_M)  # written from there on
-            b_sum += tl.load(p, mask=m[None, :], other=0.0)
+            b_sum += tl.load(p)
         b_x = tl.trans(b_sum)
         if cos is not None and i == 0:
             b_x = rotate_back(b_x, o_t, m_t, cos, sin, stride_cos, stride_sin, HALF)
@@ -172,10 +172,11 @@ def _attention_bwd_dq_kernel(
         store_part(p_out, b_x, m_q, i, PARTS)
 
 
-def add_segments(dq: Tensor, d_qkv: Tensor, tables: dict[str, Any], tile: Tile) -> None:
+def add_segments(dq: Tensor, d_qkv: Tensor, tables: dict[str, Any], keys: int) -> None:
     """Writes dq into d_qkv (B, T, H, 3·D) from dq (segments, B·H, D, padded) fp32.
 
-    tables: `of_tables`; tile: that of the kernel that added to dq.
+    tables: `of_tables`; keys: of a tile of the kernel that added to dq. Bytes: 4 read a segment
+    and element of dq, 2 written.
     """
     batch, positions, heads, _ = d_qkv.shape
     segments, _, d, padded = dq.shape
@@ -190,8 +191,7 @@ def add_segments(dq: Tensor, d_qkv: Tensor, tables: dict[str, Any], tile: Tile) 
         D=d,
         PARTS=column_blocks(d),
         BLOCK_T=ROW_TILE,
-        BLOCK_M=tile.queries,
-        BLOCK_N=tile.keys,
+        BLOCK_N=keys,
         **tables,
         num_warps=4,
     )
@@ -219,4 +219,5 @@ def aot_cases() -> Iterator[AotCase]:
         yield from attention_cases("documents dq", kernel, d, tiles, (), 3)
     for d in HEAD_DIMS:
         if d not in DQ_APART:
-            yield from attention_cases("sum", _attention_bwd_sum_kernel, d, (rows, rows))
+            wide = ("dq", "d_qkv")
+            yield from attention_cases("sum", _attention_bwd_sum_kernel, d, (rows, rows), wide=wide)
