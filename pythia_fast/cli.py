@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from pythia_fast import __version__
 from pythia_fast.errors import CheckError, InputError
 
-_OVERRIDE = re.compile(r"--[a-z_]+\.[a-z_]+(=.*)?", re.DOTALL)
+_OVERRIDE = re.compile(r"--([a-z_]+\.[a-z_]+|recipe)(=.*)?", re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,6 +84,11 @@ def _train(options: argparse.Namespace) -> int:
     from pythia_fast.config import load
 
     config = load(options.config, options.overrides)
+    if options.explain:
+        from pythia_fast.explain import as_text, explain
+
+        _print(options, list(explain(config)), as_text(config))
+        return 0
     run = options.run or Path("runs") / options.config.stem
     from pythia_fast.train import Stopped, train  # torch: only once the page is known to be good
 
@@ -281,6 +286,10 @@ def _parser() -> argparse.ArgumentParser:
         takes_config=True,
     )  # fmt: skip
     train.add_argument("--run", type=Path, help="run directory (default: runs/<config's name>)")
+    train.add_argument(
+        "--explain", action="store_true",
+        help="print every switch, its value in both recipes, and what differs; train nothing",
+    )  # fmt: skip
 
     data = commands.add_parser(
         "data", help="build, see and check token files", allow_abbrev=False
