@@ -248,8 +248,8 @@ def adamw_(
 
     master, exp_avg, exp_avg_sq (n,) fp32; grad (n,) fp32, bf16 or fp16; weight (n,) bf16 or fp16,
     or None when the model computes on master itself. Elements [0, decay_until) decay, the rest do
-    not. lr, step (t, the count of this step, ≥ 1) and grad_scale are one-element fp32 tensors on the
-    same device. Raises ValueError, TypeError.
+    not. lr, step (t, the count of this step, ≥ 1) and grad_scale are one-element fp32 tensors on
+    the same device. Raises ValueError, TypeError.
     """
     check(master, "master", dtypes=(torch.float32,), rank=1)
     _check_state(weight, master, exp_avg, exp_avg_sq, grad)

@@ -249,9 +249,9 @@ def resolve(values: dict[str, Any], overrides: Sequence[str] = (), where: str = 
     values = {name: _checked(name, value, where) for name, value in values.items()}
     flags = parse_overrides(overrides)
     preset = {**values, **flags}.get("model.preset", "")
-    values |= switches(flags.get("recipe", ""), preset) | flags  # a flag's recipe is over the file
     if preset and preset not in PRESETS:
         raise InputError(f"model.preset = {preset!r} is unknown{_nearest(preset, PRESETS)}")
+    values |= switches(flags.get("recipe", ""), preset) | flags  # a flag's recipe is over the file
     named = switches(values.get("recipe", ""), preset)
     config = _apply(Config(), {**PRESETS.get(preset, {}), **named, **values})
     validate(config)

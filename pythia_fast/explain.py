@@ -60,7 +60,7 @@ def explain(config: Config) -> Iterator[dict[str, Any]]:
         yield {
             "switch": s.key,
             "value": ours[s.key],
-            **{name: values[s.key] for name, values in recipes.items()},
+            **{name: values.get(s.key, ours[s.key]) for name, values in recipes.items()},
             "published": theirs.get(s.key),
             "differs": bool(preset) and ours[s.key] != theirs[s.key],
             "what": docs[s.key],

@@ -190,12 +190,17 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def switches(recipe: str, preset: str = "") -> dict[str, Any]:
-    """Dotted key -> value of every switch in `recipe` ("" gives none) for a published model."""
-    if recipe == "modern":
-        return {s.key: s.modern for s in SWITCHES}
-    if recipe != "pythia-v1":
+    """Dotted key -> value of every switch in `recipe` ("" gives none) for a published model.
+
+    Without a preset the vocabulary is the page's own: padding belongs to the suite's tokenizer.
+    """
+    if recipe not in RECIPES:
         return {}
-    values = {s.key: s.pythia_v1 for s in SWITCHES}
-    own = _OWN.get(preset, _OWN.get(preset.removesuffix("-deduped"), {}))
-    of_size = {k: v for k, v in PRESETS.get(preset, {}).items() if k in values}
-    return values | of_size | own
+    name = "pythia_v1" if recipe == "pythia-v1" else recipe
+    values = {s.key: getattr(s, name) for s in SWITCHES}
+    if not preset:
+        del values["model.vocab_size"]
+    elif recipe == "pythia-v1":
+        own = _OWN.get(preset, _OWN.get(preset.removesuffix("-deduped"), {}))
+        values |= {k: v for k, v in PRESETS[preset].items() if k in values} | own
+    return values

@@ -14,6 +14,7 @@ import pytest
 import tiny_run
 from corpus import write_pair
 from kernel_proof import Mutant, assert_killed
+from tiny_run import train_stopping_at
 
 import pythia_fast.train as real
 from pythia_fast import checkpoint, ledger
@@ -99,25 +100,6 @@ def test_mutants_of_step_and_resume_are_killed(
         assert tiny_run.result(tmp_path / "run", 40) == tiny_run.result(run, 40)
 
     assert_killed(mutant, check, tmp_path)
-
-
-def train_stopping_at(module: ModuleType, config: object, run: Path, step: int) -> None:
-    """Trains in this process until a SIGTERM arrives within `step`."""
-    original = module.Trainer.train_step
-
-    def stopping(self, tokens):  # type: ignore[no-untyped-def]
-        result = original(self, tokens)
-        if self.step == step:
-            signal.raise_signal(signal.SIGTERM)
-        return result
-
-    module.Trainer.train_step = stopping
-    try:
-        with pytest.raises(module.Stopped) as stopped:
-            module.train(config, run)
-        assert stopped.value.signum == signal.SIGTERM
-    finally:
-        module.Trainer.train_step = original
 
 
 def test_stopped_and_resumed_equals_uninterrupted(
