@@ -189,16 +189,28 @@ def _data_verify(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from pythia_fast.hf import import_checkpoint
+    from pythia_fast import hf
+    from pythia_fast.neox import reader
 
-    path = import_checkpoint(options.directory, options.run)
+    found = reader.find(options.directory)
+    if found is not None:
+        path = reader.import_checkpoint(found, options.run, options.yaml)
+    elif options.yaml is not None:
+        raise InputError(f"{options.directory}: --yaml goes with a NeoX checkpoint, not with this")
+    else:
+        path = hf.import_checkpoint(options.directory, options.run)
     _print(options, [{"checkpoint": str(path)}], f"imported to {path}")
 
 
 def _export(options: argparse.Namespace) -> None:
-    from pythia_fast.hf import export
+    from pythia_fast import hf
+    from pythia_fast.neox import writer
 
-    export(
+    if options.format == "neox":
+        writer.export(options.checkpoint, options.out, options.tensor, options.ranks)
+        _print(options, [{"directory": str(options.out)}], f"exported to {options.out}")
+        return
+    hf.export(
         options.checkpoint,
         options.out,
         dtype=options.dtype,
@@ -336,17 +348,23 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--checksums", type=Path, help="sha256sum or JSON file")
 
     bring = _command(
-        commands, "import", _import, "a Hugging Face GPTNeoX directory to a run's step 0",
+        commands, "import", _import, "a Hugging Face GPTNeoX or NeoX directory to a new run",
         "pythia-fast import pythia-70m/ --run runs/from-hub",
     )  # fmt: skip
-    bring.add_argument("directory", type=Path, help="with config.json and weights")
+    bring.add_argument(
+        "directory", type=Path, help="with config.json and weights, or global_step<N> of GPT-NeoX"
+    )
     bring.add_argument("--run", type=Path, required=True, help="new run directory")
+    bring.add_argument("--yaml", type=Path, help="the NeoX run's page, where no file names heads")
     export = _command(
-        commands, "export", _export, "a checkpoint to a Hugging Face directory",
+        commands, "export", _export, "a checkpoint to a Hugging Face or NeoX directory",
         "pythia-fast export runs/quickstart/checkpoints/step600 --out hf/",
     )  # fmt: skip
     export.add_argument("checkpoint", type=Path, help="a checkpoint folder")
     export.add_argument("--out", type=Path, required=True, help="new directory")
+    export.add_argument("--format", choices=("hf", "neox"), default="hf")
+    export.add_argument("--tensor", type=int, default=1, help="neox: tensor-parallel ranks (1)")
+    export.add_argument("--ranks", type=int, default=1, help="neox: data-parallel ranks (1)")
     export.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16")
     export.add_argument("--tokenizer", type=Path, help="default: the run's own, if it named one")
     export.add_argument(

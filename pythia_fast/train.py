@@ -60,6 +60,7 @@ class Trainer:
         self.optimizer = AdamW(self.model, c.optimizer, c.precision, ops, self.device)
         self.permanent = frozenset(checkpoint.schedule(c.checkpoint.steps, c.train.steps))
         self.step = 0  # steps done, skipped ones too
+        self.first_step = 0  # that of the checkpoint a run was imported from
         self.lr = 0.0  # of the last step
 
     # --- the step ---
@@ -107,7 +108,7 @@ class Trainer:
         with ExitStack() as stack:
             arrived = stack.enter_context(_signals())
             self.book = stack.enter_context(
-                closing(ledger.Ledger(self.run_dir, self.step, running))
+                closing(ledger.Ledger(self.run_dir, self.step, running, self.first_step))
             )
             metrics_path = self.run_dir / "metrics.jsonl"
             self.metrics = stack.enter_context(closing(StepLog(metrics_path, self.step + 1)))
@@ -199,10 +200,11 @@ class Trainer:
         path = checkpoint.directory(self.run_dir, step)
         try:
             manifest = checkpoint.read_manifest(path)
-            imported = "ledger" not in manifest  # weights alone, no history
+            imported = "ledger" not in manifest  # no history here
             _check_recipe(path, self.config, imported)
             state = self.optimizer.state()
-            wanted = {k: v for k, v in state.items() if k.startswith("model.") or not imported}
+            weights_alone = imported and "updates" not in manifest
+            wanted = {k: v for k, v in state.items() if k.startswith("model.") or not weights_alone}
             checkpoint.load(path, wanted)
         except CheckError as error:
             before = [s for s in checkpoint.steps(self.run_dir) if s < step]
@@ -211,11 +213,12 @@ class Trainer:
         self.step = step
         self.optimizer.resume_at(manifest.get("updates", step), manifest.get("loss_scale"))
         say(f"{'starting' if imported else 'resuming'} from {path}")
+        self.first_step = manifest.get("first_step", step if imported else 0)
         if imported:
             return RUNNING_START
         changed = manifest["data_files"] != ledger.files_state(self.config.data.prefix)
-        steps = ledger.to_verify(step, self.config.tokens_per_step, changed)
-        ledger.Ledger(self.run_dir, step, manifest["ledger"]).close()
+        steps = ledger.to_verify(self.first_step, step, self.config.tokens_per_step, changed)
+        ledger.Ledger(self.run_dir, step, manifest["ledger"], self.first_step).close()
         ledger.verify(self.run_dir, self.rows, self.config.train.batch_size, steps)
         return str(manifest["ledger"])
 
@@ -228,6 +231,7 @@ class Trainer:
             "ledger": self.book.running,
             "data_files": ledger.files_state(self.config.data.prefix),
             "updates": self.optimizer.updates,
+            "first_step": self.first_step,
         }
         if self.optimizer.loss_scale is not None:
             extra["loss_scale"] = self.optimizer.loss_scale.state()

@@ -58,7 +58,12 @@ def follow(
     model, rate, more: what numpy computes otherwise than the page says.
     """
     c, o, oracle = config.model, config.optimizer, oracle_for(config, trainer, **more)
-    setting = {"activation": c.activation, "rope": c.rope_table, **(model or {})}
+    setting = {
+        "activation": c.activation,
+        "rope": c.rope_table,
+        "rotary_pct": c.rotary_pct,
+        **(model or {}),
+    }
     rate = rate or {"neox-v1": neox_v1_rate, "cosine": cosine_rate}[o.schedule]
     for step in range(steps):
         rows = batch(trainer, step)
@@ -90,7 +95,16 @@ CASES: dict[str, list[str]] = {
     "pythia-v1": ["--recipe", "pythia-v1"],
     "modern": ["--recipe", "modern"],
     "model.activation": ["--model.activation", "gelu"],
-    "model.rope_table": ["--model.rope_table", "fp16"],
+    "model.rope_table": [
+        "--model.rope_table",
+        "fp16",
+        "--model.rotary_pct",
+        "1",
+        "--data.seq_len",
+        "200",
+        "--data.valid_prefix",
+        "",
+    ],
     "optimizer.schedule": ["--optimizer.schedule", "cosine"],
     "optimizer.step_offset": ["--optimizer.step_offset", "0"],
     "optimizer.decay_embeddings": ["--optimizer.decay_embeddings", "false"],

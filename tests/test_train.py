@@ -346,9 +346,9 @@ def test_a_long_run_is_verified_in_samples_and_the_first_difference_found(
     straight: tuple[Path, Path], tmp_path: Path
 ) -> None:
     page, run = straight
-    assert list(ledger.to_verify(2000, 1_000_000, data_changed=True)) == list(range(2000))
-    assert list(ledger.to_verify(2000, 100, data_changed=False)) == list(range(2000))
-    sampled = ledger.to_verify(143_000, 2_097_152, data_changed=False)
+    assert list(ledger.to_verify(0, 2000, 1_000_000, data_changed=True)) == list(range(2000))
+    assert list(ledger.to_verify(0, 2000, 100, data_changed=False)) == list(range(2000))
+    sampled = ledger.to_verify(0, 143_000, 2_097_152, data_changed=False)
     assert len(sampled) == 256 and sampled[0] == 0 and sampled[-1] == 142_999
 
     class Differing:
