@@ -237,17 +237,20 @@ def _parts(file: Path, state: dict[str, Any], group: int, kind: str) -> list[Ten
 
 
 def _loss_scale(scaler: LossScaler, state: dict[str, Any]) -> dict[str, Any] | None:
-    values = vars(scaler)
+    values = {**vars(scaler), "skipped_in_a_row": state.get("skipped_in_a_row", 0)}
     if "cur_iter" not in values:  # a constant scale
         return None
-    return LossScale(
-        hysteresis=True,
-        scale=float(values["cur_scale"]),
-        iteration=values["cur_iter"],
-        last_overflow=values["last_overflow_iter"],
-        chances=values["cur_hysteresis"],
-        skipped_in_a_row=state.get("skipped_in_a_row", 0),  # GPT-NeoX forgets it; see `export`
-    ).state()
+    names_there = {
+        "iteration": "cur_iter",
+        "last_overflow": "last_overflow_iter",
+        "chances": "cur_hysteresis",
+        "skipped_in_a_row": "skipped_in_a_row",  # GPT-NeoX forgets it; our own export does not
+    }
+    scale = LossScale(hysteresis=True)
+    found = {key: values.get(name) for key, name in names_there.items()}
+    cur_scale = values.get("cur_scale")
+    scale.load({"hysteresis": True, "scale": float(cur_scale or 0), **found})
+    return scale.state()
 
 
 def import_checkpoint(directory: Path, run_dir: Path, yaml: Path | None = None) -> Path:
