@@ -155,8 +155,9 @@ def _data_digest(options: argparse.Namespace) -> None:
     from pythia_fast.data import commands
 
     config = load(options.config, options.overrides)
-    start, stop = _steps(options.step) if options.step else (0, config.train.steps)
     ledger = _ledger(options.against) if options.against else {}
+    first = min(ledger, default=0)  # that of the checkpoint an imported run began with
+    start, stop = _steps(options.step) if options.step else (first, config.train.steps)
     for row in commands.digest(config, start, min(stop, max(ledger, default=stop) + 1)):
         step = row["step"]
         if start > 0:

@@ -207,6 +207,7 @@ def test_training_goes_on_from_an_imported_checkpoint_bit_for_bit(
     a, b = (tiny_run.result(r, 12) for r in (straight, new))
     assert a["tensors"] == b["tensors"]
     assert a["metrics"][7:] == b["metrics"]
+    assert main(["data", "digest", str(page), *FLAGS, "--against", str(new)]) == 0
     plain = [{k: v for k, v in row.items() if k != "running"} for row in a["ledger"][7:]]
     assert plain == [{k: v for k, v in row.items() if k != "running"} for row in b["ledger"]]
 

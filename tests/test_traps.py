@@ -80,18 +80,21 @@ def test_T3_adams_count_starts_at_2_and_both_embeddings_decay() -> None:
 def test_T4_row_biases_are_p_copies_and_move_by_p_times_the_rate() -> None:
     """Literally p copies, each with an Adam of its own, beside one bias that moves by p·lr."""
     for p in (2, 4):
+        one = neox_adamw(clip=1e9)  # one of the copies, in fp32
         optimizer = neox_adamw(row_bias_copies=p, norm_copies=p, clip=1e9)
         name = "gpt_neox.layers.0.attention.dense.bias"
         copies = NumpyAdamW({name: np.zeros(64)}, ranks=p, clip=1e9)
         draw = np.random.default_rng(p)
         for rate in (0.0, 1e-2, 3e-3):
             gradient = draw.normal(size=64)
-            optimizer.grad.zero_()
-            optimizer.views(optimizer.grad)[name].copy_(torch.from_numpy(gradient))
-            optimizer.step(rate)
+            for each in (optimizer, one):
+                each.grad.zero_()
+                each.views(each.grad)[name].copy_(torch.from_numpy(gradient))
+                each.step(rate)
             copies.step({name: gradient}, rate)
         ours = optimizer.views(optimizer.master)[name].numpy()
         np.testing.assert_allclose(ours, copies.values[name], rtol=2e-6)
+        assert np.array_equal(ours, p * one.views(one.master)[name].numpy())  # to the bit
         assert abs(ours).max() > 0.9 * p * 1.3e-2 * 0.5
 
 
