@@ -72,7 +72,7 @@ def _suggestion(flag: str) -> str:
 
     keys: dict[str, str] = {}
     for name, _, _ in describe_keys():
-        keys.setdefault(name.partition(".")[2], f"--{name}")
+        keys.setdefault(name.rpartition(".")[2], f"--{name}")
     close = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), keys, n=1)
     return f"; did you mean {keys[close[0]]}?" if close and flag.startswith("-") else ""
 

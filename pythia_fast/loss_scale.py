@@ -50,8 +50,7 @@ class LossScale:
             self.chances = HYSTERESIS
         self.iteration += 1
         if self.skipped_in_a_row == MAX_SKIPPED:
-            raise CheckError(f"{MAX_SKIPPED} steps in a row overflowed in fp16; loss scale "
-                             f"{self.scale:g}")  # fmt: skip
+            raise CheckError(f"{MAX_SKIPPED} steps in a row overflowed in fp16")
 
     def _overflow(self) -> None:
         if not self.hysteresis or self.chances == 1:

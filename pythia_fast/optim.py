@@ -104,7 +104,7 @@ class AdamW:
         self._scalars = torch.zeros(3, dtype=torch.float32, device=device)
         self._parameters = self._bind(model)
         self._fresh = self._first_rank = True  # the next gradient overwrites instead of adding
-        self._torch = self._make_torch_adamw() if self._backend(device) == "torch" else None
+        self._torch = self._make_torch_adamw() if self._backend() == "torch" else None
 
     # --- buffers and views ---
 
@@ -252,7 +252,7 @@ class AdamW:
             return [(slice(0, end), 0)]
         return [(slice(0, cut), 0), (slice(cut, end), 2)]
 
-    def _backend(self, device: torch.device) -> str:
+    def _backend(self) -> str:
         if self.config.backend != "auto":
             return self.config.backend
         fused = self.ops.name != "triton" and self.grad.dtype == torch.float32

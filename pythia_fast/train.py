@@ -122,7 +122,10 @@ class Trainer:
             progress = stack.enter_context(TrainProgress(c.train.steps, self.step))
             clock = _Clock(c.tokens_per_step)
             for batch in loader:
-                loss, norm = self.train_step(self._to_device(batch.tokens))
+                try:
+                    loss, norm = self.train_step(self._to_device(batch.tokens))
+                except CheckError as error:  # loss scaling gave up
+                    raise self._end(str(error)) from None
                 self.book.append(batch)
                 clock.tick()
                 stop = arrived[0] if arrived else None  # read once: a later one ends the next step
@@ -156,11 +159,12 @@ class Trainer:
         if self.optimizer.loss_scale is not None:
             return  # an overflow is a skipped step; the loss scale knows when there are too many
         if not math.isfinite(loss) or not math.isfinite(norm):
-            newest = checkpoint.newest(self.run_dir)
-            raise CheckError(
-                f"step {self.step}: loss {loss}, gradient norm {norm}; "
-                f"the newest checkpoint is step {newest} in {self.run_dir}"
-            )
+            raise self._end(f"loss {loss}, gradient norm {norm}")
+
+    def _end(self, reason: str) -> CheckError:
+        newest = checkpoint.newest(self.run_dir)
+        where = f"the newest checkpoint is step {newest} in {self.run_dir}"
+        return CheckError(f"step {self.step}: {reason}; {where}")
 
     def _row(self, loss: float, norm: float, tokens_per_s: float) -> dict[str, Any]:
         row = {

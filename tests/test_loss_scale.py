@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
-from kernel_proof import Mutant, assert_killed
+from kernel_proof import Mutant, assert_killed, assert_sound
 from neox_numpy import neox_v1_rate
 from recipe_proof import FP16, accumulate, optimizer_for
 from tiny_run import train_stopping_at
@@ -101,6 +102,7 @@ MUTANTS = [
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_mutants_of_the_loss_scale_are_killed(mutant: Mutant, tmp_path: Path) -> None:
+    assert_sound([mutant], check_against_the_table)
     assert_killed(mutant, check_against_the_table, tmp_path)
 
 
@@ -151,12 +153,16 @@ def test_a_wrong_state_is_named(state: Any) -> None:
 # --- in the optimizer -----------------------------------------------------------------------------
 
 
-def check_steps(module: ModuleType, kind: str, after_update: bool, overflows: np.ndarray) -> None:
+def check_steps(
+    module: ModuleType, kind: str, after_update: bool, overflows: np.ndarray, dtype: str = "fp16"
+) -> None:
     """3,200 optimizer steps beside numpy: skips, Adam's count, scale, and each clipped gradient."""
     keys = {
         **FP16,
         "precision__loss_scaling": kind,
         "precision__unscale_after_update": after_update,
+        "precision__gradients": dtype,
+        "precision__gradient_sum": dtype,
     }
     optimizer = optimizer_for(module, **keys, optimizer__weight_decay=0.0)
     random = np.random.default_rng(7)
@@ -192,6 +198,11 @@ def test_overflows_in_3200_steps_of_the_optimizer(kind: str, pattern: str) -> No
     check_steps(pythia_fast.optim, kind, pattern == "single", patterns(3200)[pattern])
 
 
+def test_overflows_with_fp32_gradients_of_fp16_weights() -> None:
+    """The path through torch's fused AdamW."""
+    check_steps(pythia_fast.optim, "dynamic", True, patterns(4000)["bursts"][:1200], dtype="fp32")
+
+
 OPTIM = "pythia_fast/optim.py"
 STEP_MUTANTS = [
     Mutant("an overflow is applied", OPTIM, "            if overflow:\n                return norm\n", ""),
@@ -207,12 +218,13 @@ STEP_MUTANTS = [
 @pytest.mark.parametrize("mutant", STEP_MUTANTS, ids=lambda m: m.name)
 def test_mutants_of_the_scaled_step_are_killed(mutant: Mutant, tmp_path: Path) -> None:
     def check(module: ModuleType) -> None:
-        overflows = patterns(1200)["none"].copy()
+        overflows = np.zeros(1200, bool)
         overflows[[2, 3, 8]] = True
         for kind in ("hysteresis", "dynamic"):
             for after_update in (True, False):
                 check_steps(module, kind, after_update, overflows)
 
+    assert_sound([mutant], check)
     assert_killed(mutant, check, tmp_path)
 
 
@@ -313,10 +325,11 @@ def test_mutants_of_the_skipped_step_are_killed(mutant: Mutant, tmp_path: Path) 
     page = tiny_run.make_page(tmp_path)
 
     def check(module: ModuleType) -> None:
+        directory = Path(tempfile.mkdtemp(dir=tmp_path))  # not the runs of another module
         for counts in ("updates", "steps"):
             config = load(page, fp16_flags("--optimizer.schedule_counts", counts))
             for name, using in (("straight", train), ("resumed", module)):
-                run = tmp_path / f"{name}-{counts}"
+                run = directory / f"{name}-{counts}"
                 original = using.Trainer.train_step
                 using.Trainer.train_step = _spoiling(original)
                 try:
@@ -326,10 +339,11 @@ def test_mutants_of_the_skipped_step_are_killed(mutant: Mutant, tmp_path: Path) 
                 finally:
                     using.Trainer.train_step = original
             a, b = (
-                tiny_run.result(tmp_path / f"{n}-{counts}", 20) for n in ("straight", "resumed")
+                tiny_run.result(directory / f"{n}-{counts}", 20) for n in ("straight", "resumed")
             )
             assert a["metrics"] == b["metrics"] and a["tensors"] == b["tensors"]
 
+    assert_sound([mutant], check)
     assert_killed(mutant, check, tmp_path)
 
 
@@ -360,7 +374,10 @@ def test_a_run_that_always_overflows_ends_with_a_line(tmp_path: Path) -> None:
 
     train.Trainer.train_step = always  # type: ignore[method-assign]
     try:
-        with pytest.raises(CheckError, match="50 steps in a row overflowed in fp16"):
+        with pytest.raises(
+            CheckError,
+            match="step 49: 50 steps in a row overflowed in fp16; the newest checkpoint is ",
+        ):
             train.train(config, tmp_path / "run")
     finally:
         train.Trainer.train_step = original  # type: ignore[method-assign]

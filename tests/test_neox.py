@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
-from kernel_proof import Mutant, assert_killed
+from kernel_proof import Mutant, assert_killed, assert_sound
 from neox_checkpoint import MODEL, layer_names, random_state, write_checkpoint
 from neox_numpy import merged
 from tiny_run import train_stopping_at
@@ -107,6 +107,7 @@ def test_mutants_of_the_reader_are_killed(
         assert_state(found, STATE)
         assert found.updates == 5
 
+    assert_sound([mutant], check)
     assert_killed(mutant, check, tmp_path)
 
 

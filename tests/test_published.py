@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny_run
 import torch
-from kernel_proof import REPOSITORY, Mutant, assert_killed
+from kernel_proof import REPOSITORY, Mutant, assert_killed, assert_sound
 
 import pythia_fast.model
 import pythia_fast.recipe
@@ -87,6 +87,7 @@ def test_mutants_of_the_tables_are_killed(mutant: Mutant, tmp_path: Path) -> Non
         for size in RUNS:
             check_published(module, size)
 
+    assert_sound([mutant], check)
     assert_killed(mutant, check, tmp_path)
 
 
@@ -126,6 +127,7 @@ INIT_MUTANTS = [
 
 @pytest.mark.parametrize("mutant", INIT_MUTANTS, ids=lambda m: m.name)
 def test_mutants_of_the_init_are_killed(mutant: Mutant, tmp_path: Path) -> None:
+    assert_sound([mutant], check_init)
     assert_killed(mutant, check_init, tmp_path)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
-from kernel_proof import Mutant, assert_killed
+from kernel_proof import Mutant, assert_killed, assert_sound
 from neox_numpy import NumpyAdamW, cosine_rate, loss_and_gradients, neox_v1_rate
 from recipe_proof import FP16, accumulate, batch, fresh_trainer, optimizer_for
 
@@ -172,6 +172,7 @@ def test_a_mutant_that_ignores_the_switch_is_killed(
             monkeypatch.setattr(real, "Pythia", module.Pythia)
         follow(config, fresh_trainer(config, tmp_path), 5, loss_rtol=3e-6, state_rtol=1e-3)
 
+    assert_sound([mutant], check)
     assert_killed(mutant, check, tmp_path)
 
 
@@ -278,6 +279,7 @@ def test_mutants_of_the_gradient_sum_are_killed(mutant: Mutant, tmp_path: Path) 
         accumulate(twice, gradients)
         assert (summed(twice) == 3).all()
 
+    assert_sound([mutant], check)
     assert_killed(mutant, check, tmp_path)
 
 
@@ -340,6 +342,7 @@ def test_mutants_of_fp16_steps_are_killed(
         assert trainer.model.embed_out.weight.dtype == torch.float16
         follow_in_fp16(config, trainer)
 
+    assert_sound([mutant], check)
     assert_killed(mutant, check, tmp_path)
 
 

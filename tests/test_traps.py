@@ -44,6 +44,12 @@ def neox_adamw(**keys: object) -> AdamW:
     return AdamW(Pythia(small(64, 2)), config, precision, REFERENCE, torch.device("cpu"))
 
 
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    """fp32 values rounded to bf16, to nearest and ties to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
 def test_T1_the_cosine_aims_at_zero_and_ends_flat() -> None:
     c = v1("pythia-70m").optimizer
     curve = np.array([learning_rate(c, n, STEPS) for n in range(STEPS)])
@@ -132,6 +138,9 @@ def test_T6_the_rotary_table_is_rounded_as_the_weights_are() -> None:
         assert error.abs().max().item() == pytest.approx(worst, abs=0.02)
     cos = rotary_tables(2048, 64, dtype=torch.bfloat16)[0].float()
     assert (cos - rotary_tables(2048, 64)[0]).abs().max() > 1.9
+    inv_freq = np.float32(1) / np.float32(10000) ** (np.arange(0, 64, 2, dtype=np.float32) / 64)
+    angles = to_bf16(to_bf16(np.arange(2048, dtype=np.float32))[:, None] * to_bf16(inv_freq))
+    assert np.mean(to_bf16(np.cos(angles)) == cos.numpy()) > 0.999  # cos itself: 1 ulp either way
     assert (v1("pythia-1b").model.rope_table, v1("pythia-70m").model.rope_table) == ("bf16", "fp16")
 
 
