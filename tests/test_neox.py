@@ -275,6 +275,8 @@ def _truncate(root: Path) -> None:
 FAULTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("layer missing", _drop("layer_03-model_01-model_states.pt"), r"layer_03-model_01.* is missing"),
     ("head missing", _drop("layer_06-model_00-model_states.pt"), r"layer_06-model_00.* is missing"),
+    ("head missing on all ranks", lambda root: [_drop(f"layer_06-model_0{t}-model_states.pt")(root) for t in (0, 1)], r"files are missing: pipeline layers \[0, 2, 3, 5\] are here"),
+    ("ranks of two steps", lambda root: _edit(root, "mp_rank_01_model_states.pt", lambda c: c.update(global_steps=8)), r"global_steps = 7, 8"),
     ("metadata missing", _drop("mp_rank_01_model_states.pt"), r"mp_rank_01_model_states\.pt is missing"),
     ("shard missing", _drop("zero_pp_rank_1_mp_rank_00_optim_states.pt"), r"zero_pp_rank_1_mp_rank_00.* is missing"),
     ("last shard missing", _drop("zero_pp_rank_2_mp_rank_01_optim_states.pt"), r"of 3 data-parallel ranks, 2 of whose files"),

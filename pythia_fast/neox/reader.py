@@ -58,7 +58,7 @@ def read(directory: Path, yaml: Path | None = None) -> NeoxCheckpoint:
     weights, tensor_ranks, layers = _read_layers(directory)
     states = [read_pt(_file(directory, f"mp_rank_{t:02}_model_states.pt")) for t in tensor_ranks]
     keys = _shape(directory, states[0], yaml, layers, weights)
-    counts = {k: _count(directory, states[0], k) for k in ("global_steps", "skipped_steps")}
+    counts = {k: _count(directory, states, k) for k in ("global_steps", "skipped_steps")}
     step = states[0].get("iteration", counts["global_steps"])
     if directory.name != f"global_step{step}":
         raise InputError(f"{directory} is of step {step}: the checkpoint is out of its place")
@@ -88,10 +88,16 @@ def _read_layers(directory: Path) -> tuple[list[Weights], list[int], int]:
     found = {(int(m[1]), int(m[2])) for m in matches}
     if not found:
         raise InputError(f"{directory}: no layer_*-model_*-model_states.pt, not a NeoX checkpoint")
-    layers = max(index for index, _ in found) - 4
+    found_indices = sorted({index for index, _ in found})
+    layers = found_indices[-1] - 4
     ranks = range(max(rank for _, rank in found) + 1)
     wanted = names(max(layers, 0))
     indices = dict.fromkeys(index for index, _ in wanted)
+    if found_indices != sorted(indices):
+        raise InputError(
+            f"{directory}: files are missing: pipeline layers {found_indices} are here, where "
+            "0, 2 .. L + 1, L + 3 and L + 4 are needed"
+        )
     for index, rank in ((i, r) for i in indices for r in ranks):
         if (index, rank) not in found:
             raise InputError(f"{layer_file(directory, index, rank)} is missing")
@@ -165,10 +171,13 @@ def _check_parts(directory: Path, model: Model, weights: list[Weights]) -> None:
                 raise InputError(f"{file}: {leaf} has shape {found}, expected {expected}")
 
 
-def _count(directory: Path, state: dict[str, Any], key: str) -> int:
-    if type(state.get(key)) is not int or state[key] < 0:
-        raise InputError(f"{directory}/mp_rank_00_model_states.pt: {key} = {state.get(key)!r}")
-    return int(state[key])
+def _count(directory: Path, states: list[dict[str, Any]], key: str) -> int:
+    """A count of steps, on which all tensor ranks agree."""
+    values = [state.get(key) for state in states]
+    if type(values[0]) is not int or values[0] < 0 or values != values[:1] * len(values):
+        found = ", ".join(map(repr, values))
+        raise InputError(f"{directory}/mp_rank_*_model_states.pt: {key} = {found}")
+    return values[0]
 
 
 @dataclass(frozen=True)
