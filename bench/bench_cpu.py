@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from pythia_fast.config import Config, load
+from pythia_fast.config import Config, Precision, load
 from pythia_fast.model import Pythia, initialise
 from pythia_fast.ops import REFERENCE
 from pythia_fast.optim import AdamW
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 def our_step(config: Config) -> Callable[[torch.Tensor], float]:
     model = Pythia(config.model)
-    optimizer = AdamW(model, config.optimizer, REFERENCE, CPU, torch.float32)
+    optimizer = AdamW(model, config.optimizer, Precision(compute="fp32"), REFERENCE, CPU)
     initialise(model, 0)
 
     def step(rows: torch.Tensor) -> float:

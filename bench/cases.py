@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pythia_fast.config import SUITE
 from pythia_fast.kernels import reference
 from pythia_fast.model import rotary_tables
+from pythia_fast.recipe import SUITE
 
 MAX_FLAT = 1 << 27  # elements of the optimizer's flat buffers, whatever the size
 

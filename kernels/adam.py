@@ -10,7 +10,7 @@ host and a step can be captured in a CUDA graph. m and v move as m + (1−β)(g 
 rounded β.
 
 Bytes a parameter: 30 with 16-bit weights and fp32 gradients (master, m, v read and written, 24;
-gradient read, 4; weight written, 2), 28 without weights, 2 fewer with bf16 gradients; `grad_norm`
+gradient read, 4; weight written, 2), 28 without weights, 2 fewer with 16-bit gradients; `grad_norm`
 reads the gradient once more, 4 or 2. About 25 FLOPs a parameter: bound by memory bandwidth. There
 is no pass that clears the gradient: the first microbatch of a step overwrites it.
 
@@ -93,7 +93,7 @@ def _adamw_kernel(
     master,  # (n,) fp32
     exp_avg,  # (n,) fp32
     exp_avg_sq,  # (n,) fp32
-    grad,  # (n,) fp32 or bf16
+    grad,  # (n,) fp32, bf16 or fp16
     lr,  # (1,) fp32
     step,  # (1,) fp32
     grad_scale,  # (1,) fp32
@@ -214,7 +214,7 @@ def _root_sum_kernel(
 
 
 def grad_norm(grad: Tensor) -> Tensor:
-    """√Σg², an fp32 scalar on grad's device. grad: flat (n,), fp32 or bf16. Deterministic."""
+    """√Σg², an fp32 scalar on grad's device. grad: flat (n,), fp32, bf16 or fp16. Deterministic."""
     check(grad, "grad", dtypes=GRADIENTS, rank=1)
     norm = torch.empty((), dtype=torch.float32, device=grad.device)
     if not grad.numel():
@@ -246,10 +246,10 @@ def adamw_(
 ) -> None:
     """One AdamW step over one flat buffer, in place (decoupled decay, as apex FusedAdam has it).
 
-    master, exp_avg, exp_avg_sq (n,) fp32; grad (n,) fp32 or bf16; weight (n,) bf16 or fp16, or None
-    when the model computes on master itself. Elements [0, decay_until) decay, the rest do not.
-    lr, step (t, the count of this step, ≥ 1) and grad_scale are one-element fp32 tensors on the
-    same device. Raises ValueError, TypeError.
+    master, exp_avg, exp_avg_sq (n,) fp32; grad (n,) fp32, bf16 or fp16; weight (n,) bf16 or fp16,
+    or None when the model computes on master itself. Elements [0, decay_until) decay, the rest do
+    not. lr, step (t, the count of this step, ≥ 1) and grad_scale are one-element fp32 tensors on
+    the same device. Raises ValueError, TypeError.
     """
     check(master, "master", dtypes=(torch.float32,), rank=1)
     _check_state(weight, master, exp_avg, exp_avg_sq, grad)
@@ -438,7 +438,7 @@ def _rates(betas: tuple[float, float], eps: float, weight_decay: float) -> dict[
     }
 
 
-GRADIENTS: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
+GRADIENTS: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16)
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -448,7 +448,7 @@ def aot_cases() -> Iterator[AotCase]:
     rates = dict.fromkeys(_rates((0.9, 0.95), 1e-8, 0.1), "fp32")
     state = dict.fromkeys(("master", "exp_avg", "exp_avg_sq"), "*fp32")
     for weight in ("bf16", "fp16", None):
-        for grad in ("fp32", "bf16"):
+        for grad in ("fp32", "bf16", "fp16"):
             streams = {"weight": f"*{weight}" if weight else "constexpr", **state}
             signature = (
                 streams | {"grad": f"*{grad}"} | scalars | {"n": "i64", "decay_until": "i64"}
@@ -474,7 +474,7 @@ def aot_cases() -> Iterator[AotCase]:
             wide=("?",),  # addresses from memory; only a tensor's last tile is element by element
             narrow={"?": {"ld32": 32, "st32": 24} | ({"st16": 8} if weight else {})},
         )
-    for grad in ("fp32", "bf16"):
+    for grad in ("fp32", "bf16", "fp16"):
         yield AotCase(
             name=f"norm of {grad}",
             kernel=_square_sum_kernel,

@@ -259,9 +259,14 @@ def linear_cross_entropy(
 
 
 def grad_norm(grad: Tensor) -> Tensor:
-    """√Σg², an fp32 scalar on grad's device. grad: flat (n,), fp32 or bf16."""
+    """√Σg², an fp32 scalar on grad's device. grad: flat (n,), fp32, bf16 or fp16.
+
+    In two levels: torch on a CPU adds up a vector in order, 0.6 % too little at 70 million.
+    """
     wide = grad if grad.dtype == torch.float64 else grad.float()
-    return torch.linalg.vector_norm(wide)
+    cut = wide.numel() // 1024 * 1024
+    parts = torch.linalg.vector_norm(wide[:cut].view(-1, 1024), dim=1)
+    return torch.linalg.vector_norm(torch.cat((parts, wide[cut:])))
 
 
 def adamw_(
@@ -283,10 +288,10 @@ def adamw_(
         g = grad·grad_scale     m = β₁m + (1−β₁)g     v = β₂v + (1−β₂)g²
         master −= lr·( (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + eps) + wd·master )        weight = master
 
-    master, exp_avg, exp_avg_sq (n,) fp32; grad (n,) fp32 or bf16; weight (n,) bf16 or fp16, or None
-    when the model computes on master itself. Elements [0, decay_until) decay, the rest do not.
-    lr, step (t, the count of this step, ≥ 1) and grad_scale are one-element fp32 device tensors:
-    nothing is read back to the host.
+    master, exp_avg, exp_avg_sq (n,) fp32; grad (n,) fp32, bf16 or fp16; weight (n,) bf16 or fp16,
+    or None when the model computes on master itself. Elements [0, decay_until) decay, the rest do
+    not. lr, step (t, the count of this step, ≥ 1) and grad_scale are one-element fp32 tensors on
+    the same device: nothing is read back to the host.
     """
     b1, b2 = betas
     g = grad.to(master.dtype) * grad_scale

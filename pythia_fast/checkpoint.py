@@ -122,6 +122,17 @@ def save(
     return final
 
 
+def start_run(run_dir: Path, step: int, tensors: dict[str, Tensor], extra: dict[str, Any]) -> Path:
+    """Publishes an imported checkpoint as the first of a new run and returns it.
+
+    Raises InputError where run_dir holds a run already.
+    """
+    with RunLock(run_dir):
+        if (run_dir / "config.toml").exists() or steps(run_dir):
+            raise InputError(f"{run_dir} holds a run already")
+        return save(run_dir, step, tensors, extra, permanent=True)
+
+
 def _save_failure(run_dir: Path, step: int, error: OSError) -> str:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     what = "disk full while saving" if full else "cannot save"

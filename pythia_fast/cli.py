@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from pythia_fast import __version__
 from pythia_fast.errors import CheckError, InputError
 
-_OVERRIDE = re.compile(r"--[a-z_]+\.[a-z_]+(=.*)?", re.DOTALL)
+_OVERRIDE = re.compile(r"--([a-z_]+\.[a-z_]+|recipe)(=.*)?", re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +72,7 @@ def _suggestion(flag: str) -> str:
 
     keys: dict[str, str] = {}
     for name, _, _ in describe_keys():
-        keys.setdefault(name.partition(".")[2], f"--{name}")
+        keys.setdefault(name.rpartition(".")[2], f"--{name}")
     close = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), keys, n=1)
     return f"; did you mean {keys[close[0]]}?" if close and flag.startswith("-") else ""
 
@@ -84,6 +84,11 @@ def _train(options: argparse.Namespace) -> int:
     from pythia_fast.config import load
 
     config = load(options.config, options.overrides)
+    if options.explain:
+        from pythia_fast.explain import as_text, explain
+
+        _print(options, list(explain(config)), as_text(config))
+        return 0
     run = options.run or Path("runs") / options.config.stem
     from pythia_fast.train import Stopped, train  # torch: only once the page is known to be good
 
@@ -150,8 +155,9 @@ def _data_digest(options: argparse.Namespace) -> None:
     from pythia_fast.data import commands
 
     config = load(options.config, options.overrides)
-    start, stop = _steps(options.step) if options.step else (0, config.train.steps)
     ledger = _ledger(options.against) if options.against else {}
+    first = min(ledger, default=0)  # that of the checkpoint an imported run began with
+    start, stop = _steps(options.step) if options.step else (first, config.train.steps)
     for row in commands.digest(config, start, min(stop, max(ledger, default=stop) + 1)):
         step = row["step"]
         if start > 0:
@@ -184,16 +190,28 @@ def _data_verify(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from pythia_fast.hf import import_checkpoint
+    from pythia_fast import hf
+    from pythia_fast.neox import reader
 
-    path = import_checkpoint(options.directory, options.run)
+    found = reader.find(options.directory)
+    if found is not None:
+        path = reader.import_checkpoint(found, options.run, options.yaml)
+    elif options.yaml is not None:
+        raise InputError(f"{options.directory}: --yaml goes with a NeoX checkpoint, not with this")
+    else:
+        path = hf.import_checkpoint(options.directory, options.run)
     _print(options, [{"checkpoint": str(path)}], f"imported to {path}")
 
 
 def _export(options: argparse.Namespace) -> None:
-    from pythia_fast.hf import export
+    from pythia_fast import hf
+    from pythia_fast.neox import writer
 
-    export(
+    if options.format == "neox":
+        writer.export(options.checkpoint, options.out, options.tensor, options.ranks)
+        _print(options, [{"directory": str(options.out)}], f"exported to {options.out}")
+        return
+    hf.export(
         options.checkpoint,
         options.out,
         dtype=options.dtype,
@@ -281,6 +299,10 @@ def _parser() -> argparse.ArgumentParser:
         takes_config=True,
     )  # fmt: skip
     train.add_argument("--run", type=Path, help="run directory (default: runs/<config's name>)")
+    train.add_argument(
+        "--explain", action="store_true",
+        help="print every switch, its value in both recipes, and what differs; train nothing",
+    )  # fmt: skip
 
     data = commands.add_parser(
         "data", help="build, see and check token files", allow_abbrev=False
@@ -327,17 +349,23 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--checksums", type=Path, help="sha256sum or JSON file")
 
     bring = _command(
-        commands, "import", _import, "a Hugging Face GPTNeoX directory to a run's step 0",
+        commands, "import", _import, "a Hugging Face GPTNeoX or NeoX directory to a new run",
         "pythia-fast import pythia-70m/ --run runs/from-hub",
     )  # fmt: skip
-    bring.add_argument("directory", type=Path, help="with config.json and weights")
+    bring.add_argument(
+        "directory", type=Path, help="with config.json and weights, or global_step<N> of GPT-NeoX"
+    )
     bring.add_argument("--run", type=Path, required=True, help="new run directory")
+    bring.add_argument("--yaml", type=Path, help="the NeoX run's page, where no file names heads")
     export = _command(
-        commands, "export", _export, "a checkpoint to a Hugging Face directory",
+        commands, "export", _export, "a checkpoint to a Hugging Face or NeoX directory",
         "pythia-fast export runs/quickstart/checkpoints/step600 --out hf/",
     )  # fmt: skip
     export.add_argument("checkpoint", type=Path, help="a checkpoint folder")
     export.add_argument("--out", type=Path, required=True, help="new directory")
+    export.add_argument("--format", choices=("hf", "neox"), default="hf")
+    export.add_argument("--tensor", type=int, default=1, help="neox: tensor-parallel ranks (1)")
+    export.add_argument("--ranks", type=int, default=1, help="neox: data-parallel ranks (1)")
     export.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16")
     export.add_argument("--tokenizer", type=Path, help="default: the run's own, if it named one")
     export.add_argument(

@@ -2,9 +2,10 @@
 
     config = load("configs/pythia-70m.toml", ["--train.steps", "100"])
 
-Precedence: defaults < preset < file < flags. An unknown key, a wrong type or numbers that do not
-fit together are an `InputError` of one line. Numbers that follow from others are properties.
-Imports neither torch nor numpy: `pythia-fast --help` stays instant.
+Precedence: defaults < preset < recipe < file < flags (a recipe given as a flag is one of them). An
+unknown key, a wrong type or numbers that do not fit together (`validation.py`) are an `InputError`
+of one line. Numbers that follow from others are properties. Imports neither torch nor numpy:
+`pythia-fast --help` stays instant.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pythia_fast.errors import InputError
+from pythia_fast.recipe import PRESETS, switches
+from pythia_fast.validation import validate
 
 
 def _key(default: Any, doc: str) -> Any:
@@ -94,6 +97,9 @@ class Optimizer:
     schedule: Literal["neox-v1", "cosine"] = _key(
         "neox-v1", "the original's curve (first update at 0, flat tail) or the textbook cosine"
     )
+    schedule_counts: Literal["updates", "steps"] = _key(
+        "updates", "what moves the schedule: a step skipped for overflow is no update"
+    )
     warmup: float = _key(0.01, "share of the steps with rising learning rate")
     betas: tuple[float, float] = _key((0.9, 0.95), "Adam's decay rates")
     eps: float = _key(1e-8, "Adam's epsilon")
@@ -101,7 +107,15 @@ class Optimizer:
         1, "added to Adam's count of updates: GPT-NeoX v1.0 took an empty step first; textbook: 0"
     )
     weight_decay: float = _key(0.1, "decoupled decay of all matrices; never of biases and norms")
+    decay_embeddings: bool = _key(True, "embed_in and embed_out decay too")
     clip: float = _key(1.0, "bound of the global gradient norm")
+    clip_eps: float = _key(1e-6, "added to the norm before clipping divides by it")
+    row_bias_copies: int = _key(
+        1, "tensor-parallel copies that attention.dense.bias and dense_4h_to_h.bias are the sum of"
+    )
+    norm_copies: int = _key(
+        1, "times that LayerNorms and those biases count in the gradient norm (tensor degree)"
+    )
     backend: Literal["auto", "triton", "torch"] = _key(
         "auto", "who runs AdamW; auto: triton where the kernels are triton"
     )
@@ -109,9 +123,29 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Precision:
-    compute: Literal["bf16", "fp32"] = _key(
+    compute: Literal["bf16", "fp16", "fp32"] = _key(
         "bf16", "dtype of weights and activations; master weights and statistics are fp32"
     )
+    gradients: Literal["fp32", "fp16", "bf16"] = _key(
+        "fp32", "dtype in which microbatches add up: fp32 or the compute dtype"
+    )
+    gradient_sum: Literal["fp32", "fp16", "bf16"] = _key(
+        "fp32", "dtype in which data-parallel ranks add up: fp32 or that of precision.gradients"
+    )
+    sum_ranks: int = _key(
+        1, "data-parallel ranks that add up before their sum is divided (16-bit gradients)"
+    )
+    loss_scaling: Literal["none", "dynamic", "hysteresis"] = _key(
+        "none", "fp16: each overflow halves the loss scale, or (hysteresis) all but the first"
+    )
+    unscale_after_update: bool = _key(
+        False, "divide gradients by the loss scale that this step has just changed"
+    )
+
+    @property
+    def ranks(self) -> int:
+        """Ranks whose 16-bit gradients are rounded one by one; fp32 ones need no such care."""
+        return 1 if self.gradients == "fp32" else self.sum_ranks
 
 
 @dataclass(frozen=True)
@@ -140,6 +174,9 @@ class Log:
 
 @dataclass(frozen=True)
 class Config:
+    recipe: Literal["", "pythia-v1", "modern"] = _key(
+        "", "a named set of switches that other keys override (train --explain); empty: defaults"
+    )
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
@@ -154,6 +191,11 @@ class Config:
         return self.train.batch_size * self.data.seq_len
 
     @property
+    def accumulation(self) -> int:
+        """Microbatches that one data-parallel rank accumulates."""
+        return self.train.batch_size // (self.precision.ranks * self.train.micro_batch_size)
+
+    @property
     def decisive(self) -> dict[str, Any]:
         """The keys that decide the losses beyond rounding: not paths, layout, logs, storage."""
         return {k: v for k, v in flatten(self).items() if k not in _NOT_DECISIVE}
@@ -166,72 +208,12 @@ class Config:
 
 _NOT_DECISIVE = frozenset(
     """
-    model.preset data.prefix data.valid_prefix data.tokenizer data.cache
+    recipe model.preset data.prefix data.valid_prefix data.tokenizer data.cache
     train.micro_batch_size train.valid_every train.valid_rows optimizer.backend kernels.backend
     checkpoint.steps checkpoint.every checkpoint.keep
     log.every log.sample log.tensorboard log.wandb
     """.split()
 )
-
-
-# --- the suite ------------------------------------------------------------------------------------
-
-
-def _published(
-    layers: int, hidden: int, heads: int, lr: float, vocab: int = 50304, init: str = "small-wang"
-) -> dict[str, Any]:
-    """What the published run of one size fixes (semantics: GPT-NeoX v1.0 and the suite's YAML)."""
-    return {
-        "model.layers": layers,
-        "model.hidden": hidden,
-        "model.heads": heads,
-        "model.vocab_size": vocab,
-        "model.init": init,
-        "optimizer.lr": lr,
-        "optimizer.min_lr": round(lr / 10, 12),  # 6e-5, not 5.9999999999999995e-05
-    }
-
-
-# Learning rate of 1b: 2.5e-4 in the YAML that ran, 3e-4 in paper and README.
-SUITE: dict[str, dict[str, Any]] = {
-    "pythia-14m": _published(6, 128, 4, 1e-3),
-    "pythia-31m": _published(6, 256, 8, 1e-3),
-    "pythia-70m": _published(6, 512, 8, 1e-3),
-    "pythia-160m": _published(12, 768, 12, 6e-4),
-    "pythia-410m": _published(24, 1024, 16, 3e-4),
-    "pythia-1b": _published(16, 2048, 8, 2.5e-4),
-    "pythia-1.4b": _published(24, 2048, 16, 2e-4),
-    "pythia-2.8b": _published(32, 2560, 32, 1.6e-4),
-    "pythia-6.9b": _published(32, 4096, 32, 1.2e-4, vocab=50432, init="normal"),
-    "pythia-12b": _published(36, 5120, 40, 1.2e-4, vocab=50688, init="normal"),
-}
-
-
-def published(preset: str) -> dict[str, Any]:
-    """Dotted key -> value of the published recipe of one preset (the original's precision too)."""
-    values = flatten(_apply(Config(), SUITE[preset]))
-    values["model.preset"] = preset
-    values["precision.compute"] = "bf16" if preset == "pythia-1b" else "fp16"
-    values["model.rope_table"] = values["precision.compute"]
-    return values
-
-
-def differences(config: Config) -> list[str]:
-    """How a run differs from the published recipe of its preset, a line a key; paths left out."""
-    if not config.model.preset:
-        return []
-    ours, theirs = flatten(config), published(config.model.preset)
-    if config.data.order == "preshuffled":  # the original's order, already applied to the files
-        ours["data.order"] = theirs["data.order"]
-    sections = (
-        *("model.", "optimizer.", "precision.", "data.order", "data.seq_len"),
-        *("train.steps", "train.batch_size", "train.seed"),
-    )
-    return [
-        f"{key} = {_toml_value(ours[key])} (published: {_toml_value(theirs[key])})"
-        for key in ours
-        if key.startswith(sections) and key != "optimizer.backend" and ours[key] != theirs[key]
-    ]
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -248,6 +230,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path}: {error}") from None
     values: dict[str, Any] = {}
     for section, keys in page.items():
+        if section == "recipe":
+            values["recipe"] = keys
+            continue
         if not isinstance(keys, dict):
             raise InputError(f"{path}: {section} stands outside of a [section]")
         if section not in _SECTIONS:
@@ -257,16 +242,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def resolve(values: dict[str, Any], overrides: Sequence[str] = (), where: str = "") -> Config:
-    """Defaults < preset < values (dotted keys, as TOML or JSON gives them) < flags, validated.
+    """Defaults < preset < recipe < values < flags, validated.
 
-    where: what the values came from, for messages.
+    values: dotted keys, as TOML or JSON gives them. where: what they came from, for messages.
     """
     values = {name: _checked(name, value, where) for name, value in values.items()}
-    values |= parse_overrides(overrides)
-    preset = values.get("model.preset", "")
-    if preset and preset not in SUITE:
-        raise InputError(f"model.preset = {preset!r} is unknown{_nearest(preset, SUITE)}")
-    config = _apply(Config(), {**SUITE.get(preset, {}), **values})
+    flags = parse_overrides(overrides)
+    preset = {**values, **flags}.get("model.preset", "")
+    if preset and preset not in PRESETS:
+        raise InputError(f"model.preset = {preset!r} is unknown{_nearest(preset, PRESETS)}")
+    values |= switches(flags.get("recipe", ""), preset) | flags  # a flag's recipe is over the file
+    named = switches(values.get("recipe", ""), preset)
+    config = _apply(Config(), {**PRESETS.get(preset, {}), **named, **values})
     validate(config)
     return config
 
@@ -300,7 +287,8 @@ def _parse(text: str, hint: Any) -> Any:
 
 
 _SECTIONS: dict[str, Any] = get_type_hints(Config)
-_KEYS: dict[str, Any] = {
+_RECIPE = _SECTIONS.pop("recipe")
+_KEYS: dict[str, Any] = {"recipe": _RECIPE} | {
     f"{section}.{key}": hint
     for section, cls in _SECTIONS.items()
     for key, hint in get_type_hints(cls).items()
@@ -364,64 +352,12 @@ def _describe(hint: Any) -> str:
 
 def _apply(config: Config, values: dict[str, Any]) -> Config:
     sections: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
+    recipe = values.get("recipe", config.recipe)
+    for name in values.keys() - {"recipe"}:
         section, _, key = name.partition(".")
-        sections.setdefault(section, {})[key] = value
-    return replace(
-        config, **{name: replace(getattr(config, name), **keys) for name, keys in sections.items()}
-    )
-
-
-# --- validation -----------------------------------------------------------------------------------
-
-
-def validate(config: Config) -> None:
-    """Raises InputError naming the key, or the two numbers that do not fit."""
-    m, d, t, o, c = config.model, config.data, config.train, config.optimizer, config.checkpoint
-    for name in ("model.layers", "model.hidden", "model.heads", "model.vocab_size", "data.seq_len"):
-        _positive(config, name)
-    for name in ("train.steps", "train.batch_size", "train.micro_batch_size"):
-        _positive(config, name)
-    for name in ("train.valid_every", "train.valid_rows", "log.every", "optimizer.clip"):
-        _positive(config, name)
-    for name in ("checkpoint.keep", "model.rotary_base", "model.norm_eps", "optimizer.lr"):
-        _positive(config, name)
-    if m.hidden % m.heads:
-        raise InputError(f"model.heads = {m.heads} does not divide model.hidden = {m.hidden}")
-    if not 0 < m.rotary_pct <= 1 or m.rotary_dim % 2 or m.rotary_dim == 0:
-        raise InputError(
-            f"model.rotary_pct = {m.rotary_pct} of head dim {m.head_dim} gives {m.rotary_dim} "
-            "rotary dims: an even number of at least 2 is needed"
-        )
-    if t.batch_size % t.micro_batch_size:
-        raise InputError(
-            f"train.batch_size = {t.batch_size} is not divisible by "
-            f"train.micro_batch_size = {t.micro_batch_size}"
-        )
-    if not 0 <= t.seed < 2**32:
-        raise InputError(f"train.seed = {t.seed}: expected a number in [0, 2^32)")
-    if not 0 <= o.min_lr <= o.lr:
-        raise InputError(f"optimizer.min_lr = {o.min_lr} is not in [0, optimizer.lr = {o.lr}]")
-    if not 0 <= o.warmup < 1:
-        raise InputError(f"optimizer.warmup = {o.warmup}: expected a share in [0, 1)")
-    if not all(0 <= b < 1 for b in o.betas):
-        raise InputError(f"optimizer.betas = {list(o.betas)}: expected numbers in [0, 1)")
-    if o.step_offset < 0:
-        raise InputError(f"optimizer.step_offset = {o.step_offset} must not be negative")
-    if o.eps <= 0 or o.weight_decay < 0:
-        raise InputError(
-            f"optimizer: eps = {o.eps} and weight_decay = {o.weight_decay} must be > 0"
-        )
-    if c.every < 0 or (c.steps != "pythia" and any(s < 0 for s in c.steps)):
-        raise InputError("checkpoint: steps must not be negative")
-    if config.log.sample and not d.tokenizer:
-        raise InputError("log.sample needs data.tokenizer")
-
-
-def _positive(config: Config, name: str) -> None:
-    section, _, key = name.partition(".")
-    if getattr(getattr(config, section), key) <= 0:
-        raise InputError(f"{name} = {getattr(getattr(config, section), key)} must be positive")
+        sections.setdefault(section, {})[key] = values[name]
+    parts = {name: replace(getattr(config, name), **keys) for name, keys in sections.items()}
+    return replace(config, recipe=recipe, **parts)
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -429,27 +365,29 @@ def _positive(config: Config, name: str) -> None:
 
 def flatten(config: Config) -> dict[str, Any]:
     """Dotted key -> value."""
-    return {
+    return {"recipe": config.recipe} | {
         f"{section}.{key}": value
-        for section, keys in dataclasses.asdict(config).items()
-        for key, value in keys.items()
+        for section in _SECTIONS
+        for key, value in dataclasses.asdict(getattr(config, section)).items()
     }
 
 
 def to_toml(config: Config) -> str:
     """The resolved page; `load` reads it back equal."""
-    lines: list[str] = []
-    for section, keys in dataclasses.asdict(config).items():
+    lines = [f"recipe = {toml_value(config.recipe)}"]
+    for section in _SECTIONS:
         lines += ["", f"[{section}]"]
-        lines += [f"{key} = {_toml_value(value)}" for key, value in keys.items()]
+        keys = dataclasses.asdict(getattr(config, section))
+        lines += [f"{key} = {toml_value(value)}" for key, value in keys.items()]
     return "\n".join(lines).lstrip() + "\n"
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """value as TOML spells it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple | list):
-        return f"[{', '.join(_toml_value(v) for v in value)}]"
+        return f"[{', '.join(toml_value(v) for v in value)}]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     return repr(value)
@@ -457,6 +395,8 @@ def _toml_value(value: Any) -> str:
 
 def describe_keys() -> Iterator[tuple[str, str, str]]:
     """(dotted key, default as TOML, one-line doc) of every key, in page order."""
+    recipe = next(f for f in dataclasses.fields(Config) if f.name == "recipe")
+    yield "recipe", toml_value(recipe.default), recipe.metadata["doc"]
     for section, cls in _SECTIONS.items():
         for f in dataclasses.fields(cls):
-            yield f"{section}.{f.name}", _toml_value(f.default), f.metadata["doc"]
+            yield f"{section}.{f.name}", toml_value(f.default), f.metadata["doc"]

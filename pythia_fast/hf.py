@@ -271,10 +271,7 @@ def import_checkpoint(directory: Path, run_dir: Path) -> Path:
     config: Config = resolve(keys)
     extra = {"config": flatten(config), "tokens": 0}
     weights = {f"model.{name}": tensor.float() for name, tensor in tensors.items()}
-    with checkpoint.RunLock(run_dir):
-        if (run_dir / "config.toml").exists() or checkpoint.steps(run_dir):
-            raise InputError(f"{run_dir} holds a run already")
-        return checkpoint.save(run_dir, 0, weights, extra, permanent=True)
+    return checkpoint.start_run(run_dir, 0, weights, extra)
 
 
 def _read_hf_config(directory: Path) -> dict[str, Any]:

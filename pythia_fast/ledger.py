@@ -23,17 +23,22 @@ from pythia_fast.metrics import StepLog, read_steps
 
 
 class Ledger:
-    """Appends one row a step to `<run>/ledger.jsonl`, cut back to `steps` rows at the start."""
+    """Appends one row a step to `<run>/ledger.jsonl`, cut back to steps below `steps` first."""
 
-    def __init__(self, run: Path, steps: int, expected: str = RUNNING_START) -> None:
+    def __init__(
+        self, run: Path, steps: int, expected: str = RUNNING_START, first: int = 0
+    ) -> None:
         """expected: the running digest after `steps` steps, as the checkpoint recorded it.
+
+        first: the step with which the ledger begins, that of an imported checkpoint.
 
         Raises InputError where a row is missing or the chain of digests does not lead there.
         """
         self.path = run / "ledger.jsonl"
         rows = [row for row in read_steps(self.path) if row["step"] < steps]
-        if len(rows) != steps:
-            raise InputError(f"{self.path}: {len(rows)} rows where {steps} are needed to resume")
+        if len(rows) != steps - first:
+            needed = f"{steps - first} are needed to resume"
+            raise InputError(f"{self.path}: {len(rows)} rows where {needed}")
         self.running = RUNNING_START
         for row in rows:
             self.running = running_digest(self.running, str(row.get("digest")))
@@ -92,15 +97,16 @@ def verify(run: Path, rows: Rows, batch_size: int, steps: Sequence[int]) -> None
 _FULL = 1_000_000_000  # tokens that are recomputed in seconds
 
 
-def to_verify(steps: int, tokens_per_step: int, data_changed: bool) -> Sequence[int]:
-    """Which steps a resume recomputes: all where the data's files changed or the data is small.
+def to_verify(first: int, stop: int, tokens_per_step: int, data_changed: bool) -> Sequence[int]:
+    """Which of the steps [first, stop) a resume recomputes: all where the data changed or is small.
 
     A long run on files of unchanged size and time of modification recomputes 256 steps spread
     over the run, first and last included; `data digest --against` recomputes them all.
     """
+    steps = stop - first
     if data_changed or steps * tokens_per_step <= _FULL or steps <= 256:
-        return range(steps)
-    return sorted({round(i * (steps - 1) / 255) for i in range(256)})
+        return range(first, stop)
+    return sorted({first + round(i * (steps - 1) / 255) for i in range(256)})
 
 
 def files_state(prefix: str) -> dict[str, list[int]]:

@@ -122,6 +122,11 @@ class Pythia(nn.Module):
 _DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def inverse_frequencies(rotary_dim: int, base: float = 10000.0) -> Tensor:
+    """base^(−2i/R), (R/2,) fp32."""
+    return 1.0 / base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+
+
 def rotary_tables(
     length: int, rotary_dim: int, base: float = 10000.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
@@ -131,8 +136,7 @@ def rotary_tables(
     formed positions and products there (positional_embeddings.py:48-63), which moves fp16 angles
     by up to 0.8 rad; in bf16 it then took cos and sin of the widened angle.
     """
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
-    inv_freq = (1.0 / base**exponent).to(dtype)
+    inv_freq = inverse_frequencies(rotary_dim, base).to(dtype)
     angles = torch.arange(length, dtype=torch.float32).to(dtype)[:, None] * inv_freq  # (T, R/2)
     if dtype == torch.bfloat16:
         return angles.float().cos().bfloat16(), angles.float().sin().bfloat16()

@@ -1,25 +1,32 @@
-"""AdamW over flat buffers, and the learning-rate schedules.
+"""AdamW over flat buffers, the learning-rate schedules, and what a step does with its gradients.
 
-Master weights, gradients and both moments each live in one contiguous fp32 buffer, decaying
-parameters first; the model's parameters are views. One launch updates everything, the norm is one
-reduction, and nothing is read back to the host.
+Master weights and both moments each live in one contiguous fp32 buffer, gradients in one of their
+own dtype; the model's parameters are views. Parameters stand in the order of `_kind`, so that what
+decays, what tensor-parallel ranks replicate and what they sum are ranges. One launch updates
+everything, the norm is one reduction, and only loss scaling reads anything back to the host.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pythia_fast.config import Optimizer as OptimizerConfig
+from pythia_fast.config import Precision
+from pythia_fast.loss_scale import LossScale
 from pythia_fast.ops import Ops
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ALIGN = 128  # elements; every parameter starts on a 256-byte boundary even in bf16
 
 
 def learning_rate(c: OptimizerConfig, step: int, steps: int) -> float:
     """Learning rate of the update numbered `step` (0-based) of `steps`.
+
+    `step` counts updates or steps, as optimizer.schedule_counts says.
 
     neox-v1: W = warmup·steps; n ≤ W: lr·n/W, so the first update moves nothing; then
     max(lr/2·(1 + cos(π·k/steps)), min_lr) with k = min(n, steps − W) − W. The cosine aims at 0,
@@ -38,46 +45,66 @@ def learning_rate(c: OptimizerConfig, step: int, steps: int) -> float:
     return c.min_lr + (c.lr - c.min_lr) / 2 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def decays(name: str) -> bool:
-    """Weight decay is for matrices, both embeddings included; not for biases and LayerNorms."""
-    return not name.endswith("bias") and "norm" not in name
+def _kind(name: str, decay_embeddings: bool) -> int:
+    """Rank of a parameter in the flat buffers.
+
+    0 decays: matrices, both embeddings included unless decay_embeddings is off. 1 does not decay:
+    biases of query_key_value and dense_h_to_4h, split over tensor-parallel ranks. 2: LayerNorms,
+    replicated there. 3: biases of the two row-parallel products, replicated and summed.
+    """
+    if name.endswith(("attention.dense.bias", "dense_4h_to_h.bias")):
+        return 3
+    if "norm" in name:
+        return 2
+    embedding = name.split(".")[-2:-1] in (["embed_in"], ["embed_out"])
+    return 1 if name.endswith("bias") or (embedding and not decay_embeddings) else 0
 
 
 class AdamW:
     """Owns a model's weights and optimizer state.
 
     Construction allocates the buffers on `device` and makes the (meta) parameters of `model` views
-    of them: of the fp32 master itself when dtype is fp32, else of a `dtype` copy that every update
-    rewrites. Weights are undefined until initialised or loaded; `sync_weights` follows a load.
+    of them: of the fp32 master itself where precision.compute is fp32, else of a copy in that dtype
+    that every update rewrites. Weights are undefined until initialised or loaded; `sync_weights`
+    follows a load.
     """
 
     def __init__(
         self,
         model: nn.Module,
         c: OptimizerConfig,
+        precision: Precision,
         ops: Ops,
         device: torch.device,
-        dtype: torch.dtype,
     ) -> None:
-        self.config, self.ops = c, ops
-        named = sorted(model.named_parameters(), key=lambda item: not decays(item[0]))  # stable
+        self.config, self.precision, self.ops = c, precision, ops
+        kinds = {name: _kind(name, c.decay_embeddings) for name, _ in model.named_parameters()}
         self.slots: dict[str, tuple[int, torch.Size]] = {}
-        end = self.decay_until = 0
-        for name, parameter in named:
+        end, ends = 0, [0] * 4  # where each kind ends
+        for name, parameter in sorted(model.named_parameters(), key=lambda x: kinds[x[0]]):
             self.slots[name] = (end, parameter.shape)
             end += -(-parameter.numel() // _ALIGN) * _ALIGN
-            if decays(name):
-                self.decay_until = end
+            ends[kinds[name] :] = [end] * (4 - kinds[name])
+        self.decay_until, self.replicated_from, self.row_biases_from, _ = ends
         # padding between parameters stays 0: its gradient, moments and update are 0
-        self.master, self.grad, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(end, dtype=torch.float32, device=device) for _ in range(4)
+        self.master, self.exp_avg, self.exp_avg_sq = (
+            torch.zeros(end, dtype=torch.float32, device=device) for _ in range(3)
         )
+        self.grad = torch.zeros_like(self.master, dtype=DTYPES[precision.gradients])
+        self._sum = None  # of the ranks so far
+        if precision.ranks > 1:
+            self._sum = torch.zeros_like(self.master, dtype=DTYPES[precision.gradient_sum])
+        dtype = DTYPES[precision.compute]
         self.weight = None if dtype == torch.float32 else torch.zeros_like(self.master, dtype=dtype)
-        self.steps_taken = 0
-        self._scalars = torch.zeros(2, dtype=torch.float32, device=device)  # lr, t
+        self.loss_scale = None
+        if precision.loss_scaling != "none":
+            self.loss_scale = LossScale(hysteresis=precision.loss_scaling == "hysteresis")
+        self.updates = 0  # applied: skipped steps are none
+        # learning rate, t, learning rate of the row biases
+        self._scalars = torch.zeros(3, dtype=torch.float32, device=device)
         self._parameters = self._bind(model)
-        self._fresh = True  # the next gradient overwrites instead of adding
-        self._torch = self._make_torch_adamw() if self._backend(device) == "torch" else None
+        self._fresh = self._first_rank = True  # the next gradient overwrites instead of adding
+        self._torch = self._make_torch_adamw() if self._backend() == "torch" else None
 
     # --- buffers and views ---
 
@@ -119,9 +146,21 @@ class AdamW:
 
     # --- a step ---
 
+    @property
+    def loss_factor(self) -> float:
+        """What the mean loss of a step is multiplied by before backward: loss scale and ranks.
+
+        Each rank takes the mean of its own rows; their sum is divided by their number in `step`.
+        """
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        return scale * self.precision.ranks
+
     @torch.no_grad()
     def accumulate(self) -> None:
-        """Adds the model's gradients to the flat fp32 ones and frees them; the first overwrites."""
+        """Adds the model's gradients to the flat ones and frees them; the first overwrites.
+
+        The sum is rounded to precision.gradients each time.
+        """
         for parameter, flat in self._parameters:
             assert parameter.grad is not None
             if self._fresh:
@@ -132,44 +171,103 @@ class AdamW:
         self._fresh = False
 
     @torch.no_grad()
+    def end_rank(self) -> None:
+        """Adds what one data-parallel rank accumulated to the sum over ranks, in its dtype.
+
+        The original's all-reduce adds in an order of its own; here it is that of the ranks.
+        """
+        if self._sum is not None:
+            if self._first_rank:
+                self._sum.copy_(self.grad)
+            else:
+                self._sum.add_(self.grad)
+            self._first_rank, self._fresh = False, True
+
+    @torch.no_grad()
     def step(self, lr: float) -> Tensor:
         """Clips, updates master and compute weights; returns the norm before clipping (on device).
 
-        clip factor = min(1, clip/(norm + 1e-6)) over all parameters (GPT-NeoX v1.0).
+        An update that overflowed under loss scaling is skipped: `updates` stands still, the norm
+        is not finite. Raises CheckError where loss scaling gives up.
         """
-        c = self.config
-        self.steps_taken += 1
-        self._scalars.copy_(torch.tensor([lr, float(self.steps_taken + c.step_offset)]))
-        norm = self.ops.grad_norm(self.grad)
-        scale = (c.clip / (norm + 1e-6)).clamp(max=1.0)
-        if self._torch is not None:
-            # the fused kernel divides gradients by grad_scale on the way (GradScaler's interface)
-            self._torch.grad_scale = scale.reciprocal()  # type: ignore[attr-defined]
-            self._torch.step()
-            self.sync_weights()
-        else:
-            self.ops.adamw_(
-                self.weight, self.master, self.exp_avg, self.exp_avg_sq, self.grad,
-                decay_until=self.decay_until,
-                lr=self._scalars[0:1], step=self._scalars[1:2], grad_scale=scale.view(1),
-                betas=c.betas, eps=c.eps, weight_decay=c.weight_decay,
-            )  # fmt: skip
-        self._fresh = True
+        if self._sum is not None:
+            self.grad.copy_(self._sum.mul_(1 / self.precision.ranks))
+        norm = self._grad_norm()
+        self._fresh = self._first_rank = True
+        unscale = 1.0
+        if self.loss_scale is not None:
+            before, overflow = self.loss_scale.scale, not bool(norm.isfinite())
+            self.loss_scale.update(overflow)
+            if overflow:
+                return norm
+            after_update = self.precision.unscale_after_update
+            unscale = self.loss_scale.scale if after_update else before
+        norm = norm / unscale
+        self._update(lr, grad_scale=self._clip_factor(norm) / unscale)
         return norm
 
-    def _backend(self, device: torch.device) -> str:
+    def _grad_norm(self) -> Tensor:
+        """Norm of all gradients; replicated parameters count once a tensor-parallel rank."""
+        norm = self.ops.grad_norm(self.grad)
+        if self.config.norm_copies == 1:
+            return norm
+        replicated = self.ops.grad_norm(self.grad[self.replicated_from :])
+        return (norm.square() + (self.config.norm_copies - 1) * replicated.square()).sqrt()
+
+    def _clip_factor(self, norm: Tensor) -> Tensor:
+        """min(1, clip/(norm + clip_eps)). Source: DeeperSpeed stage1.py:785-805."""
+        return (self.config.clip / (norm + self.config.clip_eps)).clamp(max=1.0)
+
+    def _update(self, lr: float, grad_scale: Tensor) -> None:
+        """AdamW with gradients times grad_scale; p-fold row biases move by p·lr.
+
+        Each of p equal copies moves by lr and has the gradient of their sum, Adam does not see
+        the scale of a parameter, and biases do not decay: exactly p·lr for the sum.
+        """
+        c = self.config
+        self.updates += 1
+        t = float(self.updates + c.step_offset)
+        self._scalars.copy_(torch.tensor([lr, t, lr * c.row_bias_copies]))
+        if self._torch is not None:
+            # the fused kernel divides gradients by grad_scale on the way (GradScaler's interface)
+            self._torch.grad_scale = grad_scale.reciprocal()  # type: ignore[attr-defined]
+            self._torch.step()
+            self.sync_weights()
+            return
+        for part, rate in self._parts():
+            weight = None if self.weight is None else self.weight[part]
+            self.ops.adamw_(
+                weight, self.master[part], self.exp_avg[part], self.exp_avg_sq[part],
+                self.grad[part],
+                decay_until=max(self.decay_until - part.start, 0),
+                lr=self._scalars[rate : rate + 1], step=self._scalars[1:2],
+                grad_scale=grad_scale.view(1),
+                betas=c.betas, eps=c.eps, weight_decay=c.weight_decay,
+            )  # fmt: skip
+
+    def _parts(self) -> list[tuple[slice, int]]:
+        """(range, index of its learning rate in _scalars): everything, or row biases apart."""
+        end, cut = self.master.numel(), self.row_biases_from
+        if self.config.row_bias_copies == 1 or cut == end:
+            return [(slice(0, end), 0)]
+        return [(slice(0, cut), 0), (slice(cut, end), 2)]
+
+    def _backend(self) -> str:
         if self.config.backend != "auto":
             return self.config.backend
-        return "triton" if self.ops.name == "triton" else "torch"
+        fused = self.ops.name != "triton" and self.grad.dtype == torch.float32
+        return "torch" if fused else "ops"
 
     def _make_torch_adamw(self) -> torch.optim.AdamW:
-        """torch's fused AdamW over the same buffers, as two flat parameters."""
+        """torch's fused AdamW over the same buffers, as flat parameters."""
         c, cut = self.config, self.decay_until
         groups = []
-        for part, decay in ((slice(0, cut), c.weight_decay), (slice(cut, None), 0.0)):
+        for part, rate in ((p, r) for whole, r in self._parts() for p in _split(whole, cut)):
             flat = nn.Parameter(self.master[part])
             flat.grad = self.grad[part]
-            groups.append({"params": [flat], "weight_decay": decay, "part": part})
+            decay = c.weight_decay if part.stop <= cut else 0.0
+            lr = self._scalars[rate]
+            groups.append({"params": [flat], "part": part, "lr": lr, "weight_decay": decay})
         optimizer = torch.optim.AdamW(
             groups, lr=self._scalars[0], betas=c.betas, eps=c.eps, fused=True
         )
@@ -182,9 +280,17 @@ class AdamW:
             }
         return optimizer
 
-    def resume_at(self, steps_taken: int) -> None:
-        """Continues the step count after `state` was loaded."""
-        self.steps_taken = steps_taken
+    def resume_at(self, updates: int, loss_scale: Any = None) -> None:
+        """Continues the counts after `state` was loaded; loss_scale: as `LossScale.state` gave."""
+        self.updates = updates
+        if self.loss_scale is not None and loss_scale is not None:
+            self.loss_scale.load(loss_scale)
         for state in self._torch.state.values() if self._torch is not None else ():
-            state["step"].fill_(float(steps_taken + self.config.step_offset))
+            state["step"].fill_(float(updates + self.config.step_offset))
         self.sync_weights()
+
+
+def _split(whole: slice, at: int) -> list[slice]:
+    """whole cut in two at `at`, without empty parts."""
+    parts = (slice(whole.start, min(at, whole.stop)), slice(max(at, whole.start), whole.stop))
+    return [part for part in parts if part.start < part.stop]

@@ -63,7 +63,8 @@ class TrainProgress:
 
     def update(self, row: dict[str, Any]) -> None:
         """row: one of metrics.jsonl."""
-        text = f"loss {row['loss']:.4f}"
+        loss = row["loss"]  # None: not finite, a skipped step in fp16
+        text = "loss not finite" if loss is None else f"loss {loss:.4f}"
         if "valid_loss" in row:
             text += f" (held out {row['valid_loss']:.4f})"
         text += f"  {row['tokens_per_s']:,.0f} tokens/s"

@@ -22,19 +22,18 @@ import torch
 from torch import Tensor
 
 from pythia_fast import checkpoint, ledger
-from pythia_fast.config import Config, differences, flatten, to_toml
+from pythia_fast.config import Config, flatten, to_toml
 from pythia_fast.data.build import load_tokenizer
 from pythia_fast.data.commands import rows_from, valid_rows_from
 from pythia_fast.data.files import publish
 from pythia_fast.data.loader import RUNNING_START, Loader, read_batch
 from pythia_fast.errors import CheckError, InputError
+from pythia_fast.explain import differences
 from pythia_fast.metrics import StepLog, Trackers, read_steps
 from pythia_fast.model import Pythia, initialise
 from pythia_fast.ops import select
 from pythia_fast.optim import AdamW, learning_rate
 from pythia_fast.progress import TrainProgress, say
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Stopped(Exception):
@@ -58,10 +57,11 @@ class Trainer:
         self.rows = rows_from(c)
         self.valid_tokens = _valid_tokens(c)
         self.model = Pythia(c.model, ops)
-        dtype = DTYPES[c.precision.compute]
-        self.optimizer = AdamW(self.model, c.optimizer, ops, self.device, dtype)
+        self.optimizer = AdamW(self.model, c.optimizer, c.precision, ops, self.device)
         self.permanent = frozenset(checkpoint.schedule(c.checkpoint.steps, c.train.steps))
-        self.step = 0  # updates done
+        self.step = 0  # steps done, skipped ones too
+        self.first_step = 0  # that of the checkpoint a run was imported from
+        self.lr = 0.0  # of the last step
 
     # --- the step ---
 
@@ -70,17 +70,23 @@ class Trainer:
 
         Returns the mean loss (nats a token) and the gradient norm before clipping, on the device.
         """
-        c = self.config
-        scale = 1.0 / (tokens.shape[0] * (tokens.shape[1] - 1))  # 1 / positions of the step
+        c, optimizer = self.config, self.optimizer
+        factor = optimizer.loss_factor  # of the loss before backward
+        scale = factor / (tokens.shape[0] * (tokens.shape[1] - 1))  # factor / positions of the step
         loss = torch.zeros((), device=self.device)
-        for rows in tokens.split(c.train.micro_batch_size):
-            micro_loss = self.model.loss(rows, scale)
-            micro_loss.backward()
-            self.optimizer.accumulate()
-            loss += micro_loss.detach()
-        norm = self.optimizer.step(learning_rate(c.optimizer, self.step, c.train.steps))
+        for share in rank_shares(tokens, c):
+            for rows in share.split(c.train.micro_batch_size):
+                micro_loss = self.model.loss(rows, scale)
+                micro_loss.backward()
+                optimizer.accumulate()
+                loss += micro_loss.detach()
+            optimizer.end_rank()
+        counts_updates = c.optimizer.schedule_counts == "updates"
+        count = optimizer.updates if counts_updates else self.step
+        self.lr = learning_rate(c.optimizer, count, c.train.steps)
+        norm = optimizer.step(self.lr)
         self.step += 1
-        return loss, norm
+        return loss / factor, norm
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -102,7 +108,7 @@ class Trainer:
         with ExitStack() as stack:
             arrived = stack.enter_context(_signals())
             self.book = stack.enter_context(
-                closing(ledger.Ledger(self.run_dir, self.step, running))
+                closing(ledger.Ledger(self.run_dir, self.step, running, self.first_step))
             )
             metrics_path = self.run_dir / "metrics.jsonl"
             self.metrics = stack.enter_context(closing(StepLog(metrics_path, self.step + 1)))
@@ -116,7 +122,10 @@ class Trainer:
             progress = stack.enter_context(TrainProgress(c.train.steps, self.step))
             clock = _Clock(c.tokens_per_step)
             for batch in loader:
-                loss, norm = self.train_step(self._to_device(batch.tokens))
+                try:
+                    loss, norm = self.train_step(self._to_device(batch.tokens))
+                except CheckError as error:  # loss scaling gave up
+                    raise self._end(str(error)) from None
                 self.book.append(batch)
                 clock.tick()
                 stop = arrived[0] if arrived else None  # read once: a later one ends the next step
@@ -147,23 +156,29 @@ class Trainer:
         return self._every(every) or self.step == self.config.train.steps
 
     def _check_finite(self, loss: float, norm: float) -> None:
+        if self.optimizer.loss_scale is not None:
+            return  # an overflow is a skipped step; the loss scale knows when there are too many
         if not math.isfinite(loss) or not math.isfinite(norm):
-            newest = checkpoint.newest(self.run_dir)
-            raise CheckError(
-                f"step {self.step}: loss {loss}, gradient norm {norm}; "
-                f"the newest checkpoint is step {newest} in {self.run_dir}"
-            )
+            raise self._end(f"loss {loss}, gradient norm {norm}")
+
+    def _end(self, reason: str) -> CheckError:
+        newest = checkpoint.newest(self.run_dir)
+        where = f"the newest checkpoint is step {newest} in {self.run_dir}"
+        return CheckError(f"step {self.step}: {reason}; {where}")
 
     def _row(self, loss: float, norm: float, tokens_per_s: float) -> dict[str, Any]:
-        c = self.config
-        return {
+        row = {
             "step": self.step,
-            "tokens": self.step * c.tokens_per_step,
-            "loss": loss,
-            "lr": learning_rate(c.optimizer, self.step - 1, c.train.steps),
-            "grad_norm": norm,
+            "tokens": self.step * self.config.tokens_per_step,
+            "loss": _or_null(loss),
+            "lr": self.lr,
+            "grad_norm": _or_null(norm),
             "tokens_per_s": round(tokens_per_s, 1),
         }
+        if self.optimizer.loss_scale is not None:
+            row["loss_scale"] = self.optimizer.loss_scale.scale
+            row["skipped"] = self.step - self.optimizer.updates
+        return row
 
     def _last_row(self) -> dict[str, Any]:
         rows = list(read_steps(self.run_dir / "metrics.jsonl"))
@@ -189,23 +204,25 @@ class Trainer:
         path = checkpoint.directory(self.run_dir, step)
         try:
             manifest = checkpoint.read_manifest(path)
-            imported = "ledger" not in manifest  # weights alone, no history
+            imported = "ledger" not in manifest  # no history here
             _check_recipe(path, self.config, imported)
             state = self.optimizer.state()
-            wanted = {k: v for k, v in state.items() if k.startswith("model.") or not imported}
+            weights_alone = imported and "updates" not in manifest
+            wanted = {k: v for k, v in state.items() if k.startswith("model.") or not weights_alone}
             checkpoint.load(path, wanted)
         except CheckError as error:
             before = [s for s in checkpoint.steps(self.run_dir) if s < step]
             way_out = f"; remove {path} to continue from step {before[-1]}" if before else ""
             raise CheckError(f"{error}{way_out}") from None
         self.step = step
-        self.optimizer.resume_at(step)
+        self.optimizer.resume_at(manifest.get("updates", step), manifest.get("loss_scale"))
         say(f"{'starting' if imported else 'resuming'} from {path}")
+        self.first_step = manifest.get("first_step", step if imported else 0)
         if imported:
             return RUNNING_START
         changed = manifest["data_files"] != ledger.files_state(self.config.data.prefix)
-        steps = ledger.to_verify(step, self.config.tokens_per_step, changed)
-        ledger.Ledger(self.run_dir, step, manifest["ledger"]).close()
+        steps = ledger.to_verify(self.first_step, step, self.config.tokens_per_step, changed)
+        ledger.Ledger(self.run_dir, step, manifest["ledger"], self.first_step).close()
         ledger.verify(self.run_dir, self.rows, self.config.train.batch_size, steps)
         return str(manifest["ledger"])
 
@@ -217,7 +234,11 @@ class Trainer:
             "tokens": self.step * self.config.tokens_per_step,
             "ledger": self.book.running,
             "data_files": ledger.files_state(self.config.data.prefix),
+            "updates": self.optimizer.updates,
+            "first_step": self.first_step,
         }
+        if self.optimizer.loss_scale is not None:
+            extra["loss_scale"] = self.optimizer.loss_scale.state()
         permanent = self.step in self.permanent
         checkpoint.save(self.run_dir, self.step, self.optimizer.state(), extra, permanent)
         checkpoint.prune(self.run_dir, self.config.checkpoint.keep)
@@ -233,6 +254,21 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-3, 1 << 30)
         mallopt(-1, (1 << 31) - 1)
+
+
+def rank_shares(tokens: Tensor, c: Config) -> Tensor:
+    """tokens (batch_size, T + 1) -> (ranks, rows of a rank, T + 1), each rank's rows in order.
+
+    With R ranks of b rows a microbatch, microbatch m of rank r is rows [m·R·b + r·b, + b) of the
+    step. Source: GPT-NeoX v1.0 samplers.py:127-165.
+    """
+    micro = (c.accumulation, c.precision.ranks, c.train.micro_batch_size)
+    return tokens.unflatten(0, micro).transpose(0, 1).flatten(1, 2)
+
+
+def _or_null(value: float) -> float | None:
+    """JSON has no infinity: a skipped step has no norm."""
+    return value if math.isfinite(value) else None
 
 
 class _Clock:
@@ -296,7 +332,13 @@ _FUNCTION = ("layers", "hidden", "heads", "vocab_size", "rotary_pct", "rotary_ba
 
 def _check_recipe(path: Path, config: Config, imported: bool) -> None:
     """Refuses to continue a checkpoint under a page that decides other losses."""
-    before, now = checkpoint.config_of(path).decisive, config.decisive
+    saved = checkpoint.config_of(path)
+    if not imported and saved.recipe and config.recipe and saved.recipe != config.recipe:
+        raise InputError(
+            f"{path} was trained with recipe = {saved.recipe!r}, not {config.recipe!r}: "
+            "recipes do not mix, choose another directory with --run"
+        )
+    before, now = saved.decisive, config.decisive
     for key in (f"model.{name}" for name in _FUNCTION) if imported else now:
         if before[key] != now[key]:
             raise InputError(

@@ -94,6 +94,10 @@ BAD = [
     (["generate", "nowhere", "--prompt", "x"], "nowhere"),
     (["export", "nowhere", "--out", "x"], "nowhere"),
     (["import", "nowhere", "--run", "x"], "nowhere"),
+    (["import", "nowhere", "--run", "x", "--yaml", "y.yml"], "--yaml goes with a NeoX checkpoint"),
+    (["train", "{page}", "--recipe", "pythia"], "expected '' or 'pythia-v1' or 'modern'"),
+    (["train", "{page}", "--recipe", "pythia-v1", "--precision.sum_ranks", "3"], "not divisible"),
+    (["train", "{page}", "--optimizer.norm_copys", "2"], "did you mean optimizer.norm_copies?"),
 ]
 
 
@@ -124,6 +128,34 @@ def test_truncated_bin_and_corrupt_idx_are_named(
     (tmp_path / "train.idx").write_bytes(index)
     assert "train.idx" in fails(capsys, "train", page, "--run", tmp_path / "run")
     assert checkpoint.steps(tmp_path / "run") == []
+
+
+def test_explain_prints_every_switch_and_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pythia_fast.recipe import SWITCHES
+
+    monkeypatch.chdir(tmp_path)
+    page = REPOSITORY / "configs" / "pythia-12b.toml"
+    assert main(["train", str(page), "--explain", "--json", "--optimizer.lr", "1e-4"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["switch"] for row in rows] == [*(s.key for s in SWITCHES), "optimizer.lr"]
+    switches = {row["switch"]: row for row in rows}
+    copies = switches["optimizer.row_bias_copies"]
+    assert (copies["value"], copies["pythia-v1"], copies["modern"]) == (4, 4, 1)
+    assert all(row["reason"] and row["source"] and row["what"] for row in rows[:-1])
+    assert [row["switch"] for row in rows if row["differs"]] == ["optimizer.lr"]
+    assert (rows[-1]["value"], rows[-1]["published"]) == (1e-4, 1.2e-4)
+    assert main(["train", str(page), "--explain", "--recipe", "modern"]) == 0
+    text = capsys.readouterr().out
+    assert 'recipe = "modern", preset pythia-12b' in text
+    assert all(f"{s.key} " in text and s.reason in text and s.source in text for s in SWITCHES)
+    assert 'optimizer.schedule = "cosine" (published: "neox-v1")' in text
+    assert main(["train", str(page), "--explain"]) == 0
+    assert "every key is that of the published pythia-12b" in capsys.readouterr().out
+    assert main(["train", str(REPOSITORY / "configs" / "quickstart.toml"), "--explain"]) == 0
+    assert "there is no published run to compare with" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_view_digest_and_ledger_agree(

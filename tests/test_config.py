@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from kernel_proof import REPOSITORY, Mutant, load_mutant
 
-from pythia_fast.config import Config, differences, load, published, resolve, to_toml
+from pythia_fast.config import Config, load, resolve, to_toml
 from pythia_fast.errors import InputError
+from pythia_fast.explain import differences, published
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.toml"))
 
@@ -40,12 +41,12 @@ def test_every_page_parses_and_follows_the_published_recipe(page: Path) -> None:
     config = load(page)
     if page.stem == "quickstart":
         return
-    assert page.stem.removesuffix("-deduped") == config.model.preset
+    assert page.stem == config.model.preset
+    assert config.recipe == "pythia-v1"
     assert config.train.steps * config.tokens_per_step == 299_892_736_000
-    allowed = {"precision.compute", "model.rope_table"}  # fp16 is not there yet
-    assert {line.split()[0] for line in differences(config)} <= allowed
-    # the page spells out what its preset fixes: dropping the preset changes nothing
-    text = re.sub(r"^preset = .*\n", "", page.read_text(), flags=re.M)
+    assert differences(config) == []
+    # the page spells out what preset and recipe fix: dropping them changes nothing
+    text = re.sub(r"^(preset|recipe) = .*\n", "", page.read_text(), flags=re.M)
     bare = page.parent / page.name
     assert bare.exists()
     import tomllib
@@ -111,7 +112,10 @@ BAD = [
     (["--train.steps", "true"], r"train\.steps = True: expected a whole number"),
     (["--optimizer.lr", "nan"], r"optimizer\.lr = nan: expected a number"),
     (["--optimizer.betas", "[0.9]"], r"optimizer\.betas .* expected a list of 2 floats"),
-    (["--precision.compute", "fp8"], r"precision\.compute = 'fp8': expected 'bf16' or 'fp32'"),
+    (
+        ["--precision.compute", "fp8"],
+        r"precision\.compute = 'fp8': expected 'bf16' or 'fp16' or 'fp32'",
+    ),
     (["--model.preset", "pythia-70"], r"model\.preset = 'pythia-70' is unknown; did you mean "),
     (["--model.heads", "7"], r"model\.heads = 7 does not divide model\.hidden = 512"),
     (["--train.micro_batch_size", "3"], r"batch_size = 1024 is not divisible by .* = 3"),
@@ -144,10 +148,10 @@ def test_a_bad_page_is_named(tmp_path: Path) -> None:
 def test_mutant_a_wrong_suite_table_is_seen(tmp_path: Path) -> None:
     mutant = Mutant(
         "12b swapped",
-        "pythia_fast/config.py",
-        "_published(36, 5120, 40,",
-        "_published(40, 5120, 36,",
+        "pythia_fast/recipe.py",
+        "_size(36, 5120, 40,",
+        "_size(40, 5120, 36,",
     )
     module = load_mutant(mutant, tmp_path)
-    with pytest.raises(module.InputError, match="does not divide"):
-        module.resolve({"model.preset": "pythia-12b"})
+    with pytest.raises(InputError, match="does not divide"):
+        resolve(module.SUITE["pythia-12b"])

@@ -104,7 +104,7 @@ MUTANTS = [
     ),
     Mutant(
         "rotary frequencies of the whole head", "pythia_fast/model.py",
-        "/ rotary_dim\n", "/ (4 * rotary_dim)\n",
+        "/ rotary_dim)\n", "/ (4 * rotary_dim))\n",
     ),
     Mutant(
         "final LayerNorm missing", "pythia_fast/model.py",

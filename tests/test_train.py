@@ -14,6 +14,7 @@ import pytest
 import tiny_run
 from corpus import write_pair
 from kernel_proof import Mutant, assert_killed
+from tiny_run import train_stopping_at
 
 import pythia_fast.train as real
 from pythia_fast import checkpoint, ledger
@@ -78,11 +79,11 @@ def test_microbatches_do_not_change_the_step(straight: tuple[Path, Path], tmp_pa
 
 
 STEP_MUTANTS = [
-    Mutant("microbatches each count as a step", "pythia_fast/train.py", "1.0 / (tokens.shape[0] * (tokens.shape[1] - 1))  # 1", "1.0 / (c.train.micro_batch_size * (tokens.shape[1] - 1))  # 1"),
-    Mutant("only the last microbatch counts", "pythia_fast/train.py", "            self.optimizer.accumulate()\n            loss +=", "            self.optimizer._fresh = True; self.optimizer.accumulate()\n            loss +="),
-    Mutant("learning rate one step ahead", "pythia_fast/train.py", "learning_rate(c.optimizer, self.step, c.train.steps))\n        self.step", "learning_rate(c.optimizer, self.step + 1, c.train.steps))\n        self.step"),
-    Mutant("optimizer state not loaded", "pythia_fast/train.py", "self.optimizer.resume_at(step)", "self.optimizer.exp_avg.zero_(); self.optimizer.resume_at(step)"),
-    Mutant("step count not restored", "pythia_fast/train.py", "self.optimizer.resume_at(step)", "self.optimizer.resume_at(0)"),
+    Mutant("microbatches each count as a step", "pythia_fast/train.py", "factor / (tokens.shape[0] *", "factor / (c.train.micro_batch_size *"),
+    Mutant("only the last microbatch counts", "pythia_fast/train.py", "optimizer.accumulate()\n", "optimizer._fresh = True; optimizer.accumulate()\n"),
+    Mutant("learning rate one step ahead", "pythia_fast/train.py", "learning_rate(c.optimizer, count, c.train.steps)", "learning_rate(c.optimizer, count + 1, c.train.steps)"),
+    Mutant("optimizer state not loaded", "pythia_fast/train.py", "self.optimizer.resume_at(", "self.optimizer.exp_avg.zero_(); self.optimizer.resume_at("),
+    Mutant("step count not restored", "pythia_fast/train.py", "manifest.get(\"updates\", step), ", "0, "),
     Mutant("resume one batch late", "pythia_fast/train.py", "self.rows, c.train.batch_size, self.step,", "self.rows, c.train.batch_size, self.step + (self.step > 0),"),
 ]  # fmt: skip
 
@@ -99,25 +100,6 @@ def test_mutants_of_step_and_resume_are_killed(
         assert tiny_run.result(tmp_path / "run", 40) == tiny_run.result(run, 40)
 
     assert_killed(mutant, check, tmp_path)
-
-
-def train_stopping_at(module: ModuleType, config: object, run: Path, step: int) -> None:
-    """Trains in this process until a SIGTERM arrives within `step`."""
-    original = module.Trainer.train_step
-
-    def stopping(self, tokens):  # type: ignore[no-untyped-def]
-        result = original(self, tokens)
-        if self.step == step:
-            signal.raise_signal(signal.SIGTERM)
-        return result
-
-    module.Trainer.train_step = stopping
-    try:
-        with pytest.raises(module.Stopped) as stopped:
-            module.train(config, run)
-        assert stopped.value.signum == signal.SIGTERM
-    finally:
-        module.Trainer.train_step = original
 
 
 def test_stopped_and_resumed_equals_uninterrupted(
@@ -364,9 +346,9 @@ def test_a_long_run_is_verified_in_samples_and_the_first_difference_found(
     straight: tuple[Path, Path], tmp_path: Path
 ) -> None:
     page, run = straight
-    assert list(ledger.to_verify(2000, 1_000_000, data_changed=True)) == list(range(2000))
-    assert list(ledger.to_verify(2000, 100, data_changed=False)) == list(range(2000))
-    sampled = ledger.to_verify(143_000, 2_097_152, data_changed=False)
+    assert list(ledger.to_verify(0, 2000, 1_000_000, data_changed=True)) == list(range(2000))
+    assert list(ledger.to_verify(0, 2000, 100, data_changed=False)) == list(range(2000))
+    sampled = ledger.to_verify(0, 143_000, 2_097_152, data_changed=False)
     assert len(sampled) == 256 and sampled[0] == 0 and sampled[-1] == 142_999
 
     class Differing:

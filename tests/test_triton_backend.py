@@ -48,6 +48,24 @@ def test_losses_and_norms_equal_the_reference_within_fp32_rounding(
 
 
 @interpreted
+def test_the_published_recipe_in_fp16_equals_the_reference(tmp_path: Path) -> None:
+    """fp16 gradients, their norm and the loss scale on the kernels; p-fold row biases in parts."""
+    page = tiny_run.make_page(tmp_path)
+    copies = ["--optimizer.row_bias_copies", "2", "--optimizer.norm_copies", "2"]
+    flags = ["--recipe", "pythia-v1", *copies, "--train.steps", "3", "--precision.sum_ranks", "2"]
+    for backend in ("reference", "triton"):
+        train(load(page, [*flags, "--kernels.backend", backend]), tmp_path / backend)
+    expected, ours = (
+        tiny_run.rows(tmp_path / backend / "metrics.jsonl") for backend in ("reference", "triton")
+    )
+    for key, rtol in (("loss", 1e-3), ("grad_norm", 1e-2)):
+        np.testing.assert_allclose(
+            [row[key] for row in ours], [row[key] for row in expected], rtol=rtol, err_msg=key
+        )
+    assert [row["loss_scale"] for row in ours] == [4096.0] * 3
+
+
+@interpreted
 def test_select_says_what_triton_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert select("auto", cpu) is REFERENCE

@@ -20,7 +20,8 @@ def loss_figure(run: Path, unigram_entropy: float | None = None) -> Path:
 
     unigram_entropy: drawn as the line that a model without context cannot pass, nats a token.
     """
-    rows = list(read_steps(run / "metrics.jsonl"))
+    logged = read_steps(run / "metrics.jsonl")
+    rows = [row for row in logged if row["loss"] is not None]  # None: a skipped step in fp16
     tokens = np.array([row["tokens"] for row in rows], dtype=float)
     loss = np.array([row["loss"] for row in rows])
     held = [(row["tokens"], row["valid_loss"]) for row in rows if "valid_loss" in row]

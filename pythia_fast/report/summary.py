@@ -29,7 +29,7 @@ def summarise(config: Config, run: Path, last: dict[str, Any]) -> tuple[dict[str
         "loss_figure": str(figure),
     }
     lines = [f"trained to step {last['step']}"]
-    if "loss" in last:
+    if last.get("loss") is not None:
         lines[0] += f": loss {last['loss']:.4f} nats a token"
     if "valid_loss" in last:
         lines.append(

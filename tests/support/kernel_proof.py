@@ -5,9 +5,10 @@ The bound stands in `bench/bound.py`, which the GPU check and the benchmarks use
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,9 @@ import pytest
 
 from bench.bound import ATOL, assert_close
 
-__all__ = ["ATOL", "REPOSITORY", "Mutant", "assert_close", "assert_killed", "load_mutant"]
+__all__ = [
+    "ATOL", "REPOSITORY", "Mutant", "assert_close", "assert_killed", "assert_sound", "load_mutant"
+]  # fmt: skip
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -73,3 +76,11 @@ def assert_killed(mutant: Mutant, check: Callable[[ModuleType], None], tmp_path:
     except (Exception, pytest.fail.Exception):
         return
     raise AssertionError(f"mutant {mutant.name!r} survived")
+
+
+def assert_sound(mutants: Sequence[Mutant], check: Callable[[ModuleType], None]) -> None:
+    """`check` passes on the files that the mutants change: what kills them is the fault."""
+    for file in sorted({mutant.file for mutant in mutants}):
+        name = ".".join(Path(file).with_suffix("").parts)
+        check(importlib.import_module(name.replace("kernels.", "pythia_fast.kernels.", 1)
+                                      if name.startswith("kernels.") else name))  # fmt: skip

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 from corpus import write_pair
 from kernel_proof import REPOSITORY
 
@@ -73,6 +76,25 @@ def start(page: Path, run: Path, *flags: str, **environment: str) -> subprocess.
 def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
+
+
+def train_stopping_at(module: ModuleType, config: object, run: Path, step: int) -> None:
+    """Trains in this process until a SIGTERM arrives within `step`."""
+    original = module.Trainer.train_step
+
+    def stopping(self, tokens):  # type: ignore[no-untyped-def]
+        result = original(self, tokens)
+        if self.step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    module.Trainer.train_step = stopping
+    try:
+        with pytest.raises(module.Stopped) as stopped:
+            module.train(config, run)
+        assert stopped.value.signum == signal.SIGTERM
+    finally:
+        module.Trainer.train_step = original
 
 
 def wait_for(

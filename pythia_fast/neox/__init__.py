@@ -1,0 +1,1 @@
+"""GPT-NeoX v1.0 checkpoints: `layout.py` says what they are, `reader.py`, `writer.py`."""
