@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import sys
 
-from bench.compare import Peer, main, peer
+from bench.runner import Peer, main, peer
 
 LABELS = ("adamw_", "adamw_list_", "grad_norm")
 
 
 def _torch_fused(module):
-    """torch's fused AdamW on the fp32 master, after a pass that clips and before one that casts."""
+    """torch's fused AdamW on the fp32 master, gradients scaled on the way, then a pass that casts.
+
+    Its interface divides by grad_scale (GradScaler's) and writes the result over the gradient.
+    """
 
     def adamw_(
         weight, master, exp_avg, exp_avg_sq, grad, decay_until, lr, step, grad_scale,
         betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
     ):  # fmt: skip
-        grad = grad * grad_scale
+        divisor, finite = grad_scale.reciprocal(), module.zeros_like(grad_scale)
         for part, decay in ((slice(decay_until), weight_decay), (slice(decay_until, None), 0.0)):
             states = ([t[part]] for t in (master, grad, exp_avg, exp_avg_sq))
             module._fused_adamw_(
-                *states, [], [step], lr=lr, beta1=betas[0], beta2=betas[1],
-                weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
+                *states, [], [step], lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=decay,
+                eps=eps, amsgrad=False, maximize=False, grad_scale=divisor, found_inf=finite,
             )  # fmt: skip
         if weight is not None:
             weight.copy_(master)
@@ -33,4 +36,4 @@ PEERS: dict[str, dict[str, Peer]] = {"adamw_": {"torch-fused": peer("torch", _to
 
 
 if __name__ == "__main__":
-    sys.exit(main(LABELS, PEERS))
+    sys.exit(main(LABELS))

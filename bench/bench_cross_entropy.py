@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench.compare import Peer, main, peer
+from bench.runner import Peer, main, peer
 
 LABELS = ("cross_entropy", "cross_entropy_stats", "cross_entropy_grad_")
 
@@ -33,4 +33,4 @@ PEERS: dict[str, dict[str, Peer]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main(LABELS, PEERS))
+    sys.exit(main(LABELS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench.compare import Peer, main, peer
+from bench.runner import Peer, main, peer
 
 LABELS = ("rotary",)
 
@@ -25,4 +25,4 @@ PEERS: dict[str, dict[str, Peer]] = {"rotary": {"quack": peer("quack.rotary", _q
 
 
 if __name__ == "__main__":
-    sys.exit(main(LABELS, PEERS))
+    sys.exit(main(LABELS))
