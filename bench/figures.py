@@ -24,6 +24,7 @@ from pythia_fast.report.figures import GUIDE, OURS
 KEY = "pythia-fast data sha256"
 PEER_COLOURS = ("#d1495b", "#edae49", "#2e8b57", "#7b5ea7", "#8c6d4f", "#3aa6b9", "#c06c9e")
 REFERENCE_COLOUR = "#555555"
+LABELLED = 12  # bars of a panel; more carry no figures, which stand in the table
 BOUND_GPU = "H200"
 BOUND_SIZES = ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
 
@@ -84,6 +85,13 @@ def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Canva
     return canvas, axes
 
 
+def _legend(canvas: Canvas, handles: list[Any], columns: int = 9) -> None:
+    """Below the panels, where it covers no point."""
+    canvas.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
+
+
 def _colour(impl: str, impls: Sequence[str]) -> str:
     if impl == "ours":
         return OURS
@@ -142,8 +150,16 @@ def _draw_bounds(data: Any) -> Canvas:
     axis.set_ylim(0, 100)
     axis.set_ylabel("MFU, % of 989 TFLOP/s (causal)", fontsize=9)
     axis.set_xlabel("Pythia size", fontsize=9)
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    _legend(canvas, axis.get_legend_handles_labels()[0], columns=3)
     return canvas
+
+
+def _absent(rows: Sequence[Row], bench: str, key: str) -> dict[tuple[str, str], str]:
+    """(implementation, row[key]) -> status of what has no figure at all, so that it is shown."""
+    mine = [row for row in rows if row["bench"] == bench and "impl" in row]
+    ok = {(row["impl"], row[key]) for row in mine if row["status"] == "ok"}
+    others = {(row["impl"], row[key]): row["status"] for row in mine if row["status"] != "ok"}
+    return {pair: status for pair, status in others.items() if pair not in ok}
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -155,9 +171,11 @@ def _training(device: str, rows: Sequence[Row]) -> Figure | None:
     merged = training(rows)
     if not merged:
         return None
-    sizes = [s for s in _sizes() if any(row["size"] == s for row in merged)]
+    absent = _absent(rows, "train", "size")
+    sizes = [s for s in _sizes() if s in {row["size"] for row in merged} | {s for _, s in absent}]
     data: dict[str, Any] = {"sizes": sizes, "bound": {}, "impls": {}}
-    for impl in _in_order({row["impl"] for row in merged}):
+    data["absent"] = [[impl, size, status] for (impl, size), status in absent.items()]
+    for impl in _in_order({row["impl"] for row in merged} | {impl for impl, _ in absent}):
         mine = {row["size"]: row for row in merged if row["impl"] == impl}
         data["impls"][impl] = {
             "rate": [mine[s]["tokens_per_s"] if s in mine else None for s in sizes],
@@ -188,13 +206,18 @@ def _draw_training(data: Any) -> Canvas:
             values = [v or 0 for v in data["impls"][impl][what]]
             places = [i + (n - (len(impls) - 1) / 2) * width for i in range(len(sizes))]
             bars = axis.bar(places, values, width * 0.92, color=_colour(impl, impls), label=impl)
-            texts = [_short(v) if v else "" for v in values]
-            axis.bar_label(bars, texts, fontsize=6.5, rotation=90, padding=2)
+            if len(impls) * len(sizes) <= LABELLED:
+                texts = [_short(v) if v else "" for v in values]
+                axis.bar_label(bars, texts, fontsize=7, padding=2)
         axis.set_yscale("log")
-        low, high = axis.get_ylim()
-        axis.set_ylim(low, high * (high / low) ** 0.25)  # room for the labels
         axis.set_xticks(range(len(sizes)), sizes)
         axis.set_ylabel(label, fontsize=9)
+        for impl, size, status in data["absent"]:
+            place = sizes.index(size) + (impls.index(impl) - (len(impls) - 1) / 2) * width
+            axis.text(
+                place, 0.02, status, transform=axis.get_xaxis_transform(),
+                rotation=90, fontsize=6, ha="center", color=_colour(impl, impls),
+            )  # fmt: skip
     for place, size in enumerate(sizes):
         if size in data["bound"]:
             first = place == 0
@@ -202,7 +225,7 @@ def _draw_training(data: Any) -> Canvas:
                 data["bound"][size], place - 0.45, place + 0.45, color=GUIDE, linewidth=1.4,
                 label="bound A" if first else None,
             )  # fmt: skip
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    _legend(canvas, axes[0, 0].get_legend_handles_labels()[0])
     return canvas
 
 
@@ -227,8 +250,12 @@ def _kernels(device: str, rows: Sequence[Row]) -> Figure | None:
             panel[row["impl"]][row["size"]] = round(100 * row["frac_of_limit"], 3)
     if not panels:
         return None
+    absent: defaultdict[str, set[str]] = defaultdict(set)
+    for (impl, kernel), status in _absent(rows, "kernel", "kernel").items():
+        absent[kernel].add(f"{impl} ({status})")
     title = f"Kernels on {device}: % of the product or copy rate of the same run"
     data = {"panels": panels, "impls": _in_order({i for p in panels.values() for i in p})}
+    data["absent"] = {kernel: sorted(found) for kernel, found in absent.items()}
     return Figure(f"bench-kernels-{_slug(device)}.png", title, data, _draw_kernels)
 
 
@@ -251,10 +278,15 @@ def _draw_kernels(data: Any) -> Canvas:
         axis.set_xticks(range(len(sizes)), sizes, rotation=45)
         axis.set_ylim(0, None)
         axis.set_title(name, fontsize=8, loc="left")
+        missing = data["absent"].get(name.rpartition(", ")[0].rpartition(" ")[0], [])
+        axis.text(
+            0.02, 0.03, "\n".join(missing), transform=axis.transAxes, fontsize=6, va="bottom",
+            color=GUIDE,
+        )  # fmt: skip
     handles = [
         plt.Line2D([], [], color=_colour(i, impls), marker="o", markersize=4, label=i)
         for i in impls
     ]
     handles.append(plt.Line2D([], [], color=GUIDE, linestyle="--", label="limit"))
-    canvas.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False, fontsize=8)
+    _legend(canvas, handles)
     return canvas
