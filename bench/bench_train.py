@@ -212,8 +212,7 @@ def _figures(config: Config, milliseconds: list[float], state: Row, device: torc
         **{k: v for k, v in state.items() if k != "energy_j"},
     }
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        card = next((gpu for gpu in plan.GPUS.values() if gpu.name in name), None)
+        card = plan.card(torch.cuda.get_device_name(device))
         row |= {
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
             "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,

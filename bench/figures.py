@@ -122,7 +122,7 @@ def _bounds(rows: Sequence[Row]) -> Figure:
             lines[name].append(share and round(100 * share, 3))
     measured: defaultdict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
-        ours = row["bench"] == "train" and row["status"] == "ok" and card.name in row["device"]
+        ours = row["bench"] == "train" and row["status"] == "ok" and card.device == row["device"]
         if ours and row.get("mfu_causal") and row["size"] in BOUND_SIZES:
             measured[row["impl"]][row["size"]] = round(100 * row["mfu_causal"], 3)
     title = f"Training MFU on one {card.name}: bounds by arithmetic"
@@ -181,7 +181,7 @@ def _training(device: str, rows: Sequence[Row]) -> Figure | None:
             "rate": [mine[s]["tokens_per_s"] if s in mine else None for s in sizes],
             "memory": [mine[s]["peak_gb"] if s in mine else None for s in sizes],
         }
-    card = next((gpu for name, gpu in plan.GPUS.items() if name in device), None)
+    card = plan.card(device)
     for row in merged if card else ():
         m = resolve({"model.preset": f"pythia-{row['size']}"}).model
         bound = plan.bound_a(m, row["positions"], row["tokens"], card)  # type: ignore[arg-type]

@@ -32,6 +32,11 @@ from pythia_fast.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
+# peers and libraries whose versions stand in a row where they are installed
+OPTIONAL = (
+    "liger-kernel", "flash-attn", "quack-kernels", "apex",
+    "nvidia-cublas", "nvidia-cublas-cu12", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
+)  # fmt: skip
 
 
 def environment() -> Row:
@@ -44,6 +49,7 @@ def environment() -> Row:
     return {
         **columns,
         **{name: _version(name) for name in ("torch", "triton", "transformers", "numpy")},
+        **{name: found for name in OPTIONAL if (found := _version(name))},
         "python": platform.python_version(),
         "commit": _commit(),
     }

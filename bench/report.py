@@ -18,8 +18,8 @@ from statistics import median
 
 from bench import figures
 from bench.record import RESULTS, Row, newest, read, times
+from bench.runner import DEFAULT_SIZES
 from pythia_fast.errors import CheckError, InputError
-from pythia_fast.plan import GPUS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- python -m bench.report: begin -->", "<!-- python -m bench.report: end -->"
@@ -43,14 +43,14 @@ def markdown(rows: Sequence[Row], brief: bool = False) -> str:
     for device, mine in sorted(by_device.items(), key=lambda item: not is_gpu(item[0])):
         parts.append(_heading(device, mine))
         for section in (_checks, _limits, _training, _kernels, _data, _resources):
-            parts += section(mine)
+            parts += section(_of_first_size(mine) if brief and section is _kernels else mine)
         parts += [] if brief else _profiles(mine)
         parts += _not_measured(mine, brief)
     return "\n\n".join(parts)
 
 
 def is_gpu(device: str) -> bool:
-    return any(name in device for name in GPUS) or "NVIDIA" in device
+    return device.startswith("NVIDIA")
 
 
 def _heading(device: str, rows: Sequence[Row]) -> str:
@@ -141,10 +141,12 @@ def _training(rows: Sequence[Row]) -> Iterator[str]:
         table.append([*cells, f"{row['peak_gb']:.2f}"])
     if table:
         yield _table([*titles, "GB at most"], table)
+        threads = {row["threads"] for row in merged if "threads" in row}
         yield (
             f"{_span(len(row['ms']) for row in merged)} steps in "
             f"{_span(row['turns'] for row in merged)} processes an implementation, taking turns; "
-            "one synthetic batch; forward, backward, clipping and AdamW."
+            "one synthetic batch; forward, backward, clipping and AdamW"
+            + (f"; threads of torch: {_span(threads)}." if threads else ".")
         )
 
 
@@ -168,6 +170,11 @@ def _kernels(rows: Sequence[Row]) -> Iterator[str]:
     titles = ["kernel", "size", "pass", "L2", "ms", "rate", "of the limit"]
     if table:
         yield _table([*titles, "ours is × faster than"], table)
+
+
+def _of_first_size(rows: Sequence[Row]) -> list[Row]:
+    """For the README: kernels of one size, the one that the suite begins with."""
+    return [row for row in rows if row["bench"] != "kernel" or row["size"] == DEFAULT_SIZES[0]]
 
 
 def _data(rows: Sequence[Row]) -> Iterator[str]:

@@ -26,6 +26,7 @@ class Gpu:
     """Rates of one card, FLOP/s and bytes/s (read plus written), and its memory in bytes."""
 
     name: str
+    device: str  # as the driver names it: the PCIe and NVL cards of a name have other peaks
     peak: float  # bf16, dense, as the vendor states it: the denominator of MFU
     product: float  # sustained bf16 product of N(0, 1) data
     copy: float  # device-to-device copy
@@ -34,10 +35,16 @@ class Gpu:
 
 GPUS = {
     # product and copy read off an H200 (8192³; 2 GB); stas00/ml-engineering has 794.5 TFLOP/s
-    "H200": Gpu("H200", 989e12, 790e12, 4.3e12, 149e9),
+    "H200": Gpu("H200", "NVIDIA H200", 989e12, 790e12, 4.3e12, 149e9),
     # product: stas00/ml-engineering, "maximum achievable matmul FLOPS"; copy: QuACK's README
-    "H100": Gpu("H100", 989e12, 794.5e12, 3.01e12, 84e9),
+    "H100": Gpu("H100", "NVIDIA H100 80GB HBM3", 989e12, 794.5e12, 3.01e12, 84e9),
 }
+
+
+def card(device: str) -> Gpu | None:
+    """The card that the driver calls `device`; None where its rates are not known here."""
+    return next((gpu for gpu in GPUS.values() if gpu.device == device), None)
+
 
 # Best published rates of causal attention at T = 2048, FLOP/s (forward, backward), by head dim.
 # Forward: FlashAttention-3 (arXiv 2407.08608) for 64 and 256, TLX (facebookexperimental/triton)

@@ -119,6 +119,14 @@ def test_states_are_the_optimizers() -> None:
     assert gradients == found.gradients
 
 
+def test_cards_by_the_drivers_name() -> None:
+    """A PCIe or NVL card, or a GH200, has another peak: no MFU rather than a wrong one."""
+    assert plan.card("NVIDIA H200") is plan.GPUS["H200"]
+    assert plan.card("NVIDIA H100 80GB HBM3") is plan.GPUS["H100"]
+    for other in ("NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "AMD EPYC"):
+        assert plan.card(other) is None
+
+
 def test_bound_b_only_where_a_rate_is_published() -> None:
     card = plan.GPUS["H200"]
     small = resolve({"model.preset": "pythia-14m"}).model  # head dim 32

@@ -19,7 +19,7 @@ MS = {"ms": [1.0, 2.0, 3.0], "ms_p20": 1.4, "ms_p50": 2.0, "ms_p80": 2.6}
 
 
 def kernel(impl: str, ms: float, **more: object) -> Row:
-    head = {"case": f"rotary 70m {impl}", "bench": "kernel", "kernel": "rotary", "size": "70m"}
+    head = {"case": f"rotary 410m {impl}", "bench": "kernel", "kernel": "rotary", "size": "410m"}
     head |= {"impl": impl, "l2": "cold", "part": "forward", "gbps": 6000.0 / ms}
     return {**FIXED, **head, **MS, "ms_p50": ms, "frac_of_limit": 1.5 / ms, **more}
 
@@ -42,10 +42,17 @@ ROWS = [
 
 def test_kernels_beside_their_peers() -> None:
     page = report.markdown(ROWS)
-    assert "| rotary | 70m | forward | cold | 2.0000 | 3,000 GB/s | 75.0% | eager 2.50 |" in page
-    assert "skipped: rotary 70m liger forward: No module named 'liger_kernel'" in page
+    assert "| rotary | 410m | forward | cold | 2.0000 | 3,000 GB/s | 75.0% | eager 2.50 |" in page
+    assert "skipped: rotary 410m liger forward: No module named 'liger_kernel'" in page
     assert "NVIDIA H200" in page and "driver 570.1" in page and "commit abc" in page
     assert report.NO_GPU not in page
+
+
+def test_readme_has_kernels_of_one_size() -> None:
+    more = [kernel("ours", 1.0, size="70m", case="rotary 70m ours")]
+    page = report.markdown([*ROWS, *more], brief=True)
+    assert "| rotary | 410m |" in page and "| rotary | 70m |" not in page
+    assert "| rotary | 70m |" in report.markdown([*ROWS, *more])
 
 
 def test_turns_are_one_measurement() -> None:
