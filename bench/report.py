@@ -16,7 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 from bench import figures
+from bench.compare import ratio_interval
 from bench.record import RESULTS, Row, newest, read, times
 from bench.runner import DEFAULT_SIZES
 from pythia_fast.errors import CheckError, InputError
@@ -105,7 +108,10 @@ def _state(row: Row) -> str:
 
 
 def training(rows: Iterable[Row]) -> list[Row]:
-    """Training rows with the repetitions of all turns together, ok ones only."""
+    """Training rows with the repetitions of all turns together, ok ones only.
+
+    by_turn: the same apart, for the noise between processes.
+    """
     turns: defaultdict[str, list[Row]] = defaultdict(list)
     for row in _ok(rows, "train"):
         turns[row["case"]].append(row)
@@ -116,20 +122,28 @@ def training(rows: Iterable[Row]) -> list[Row]:
         for key in ("mfu_causal", "mfu_palm", "joule_per_token"):
             known = [r[key] for r in mine if r.get(key) is not None]
             row[key] = median(known) if known else None
-        merged.append(row | {"turns": len(mine)})
+        merged.append(row | {"by_turn": [np.array(r["ms"]) for r in mine]})
     return merged
 
 
 def _training(rows: Sequence[Row]) -> Iterator[str]:
     merged = training(rows)
-    ours = {(r["size"], r["positions"]): r["ms_p50"] for r in merged if r["impl"] == "ours"}
+    ours = {(r["size"], r["positions"]): r["by_turn"] for r in merged if r["impl"] == "ours"}
     on_gpu = any(row.get("mfu_causal") for row in merged)
-    titles = ["training step", "implementation", "ms (p20 to p80)", "tokens/s", "ours is × faster"]
+    titles = [
+        "training step",
+        "implementation",
+        "ms (p20 to p80)",
+        "tokens/s",
+        "ours is × faster (95 %)",
+    ]
     titles += ["MFU causal", "MFU PaLM", "J/token"] if on_gpu else []
     table = []
     for row in sorted(merged, key=lambda r: (r["parameters"], r["impl"] != "ours", r["impl"])):
         mine = ours.get((row["size"], row["positions"]))
-        ratio = f"{row['ms_p50'] / mine:.2f}" if mine and row["impl"] != "ours" else ""
+        ratio = ""
+        if mine and row["impl"] != "ours":
+            ratio = "{:.2f} ({:.2f} to {:.2f})".format(*ratio_interval(mine, row["by_turn"]))
         cells = [
             f"{row['size']}, {row['rows']} × {row['positions']}, {row['compute']}", row["impl"],
             f"{row['ms_p50']:.1f} ({row['ms_p20']:.1f} to {row['ms_p80']:.1f})",
@@ -144,8 +158,8 @@ def _training(rows: Sequence[Row]) -> Iterator[str]:
         threads = {row["threads"] for row in merged if "threads" in row}
         yield (
             f"{_span(len(row['ms']) for row in merged)} steps in "
-            f"{_span(row['turns'] for row in merged)} processes an implementation, taking turns; "
-            "one synthetic batch; forward, backward, clipping and AdamW"
+            f"{_span(len(row['by_turn']) for row in merged)} processes an implementation, taking "
+            "turns; one synthetic batch; forward, backward, clipping and AdamW"
             + (f"; threads of torch: {_span(threads)}." if threads else ".")
         )
 

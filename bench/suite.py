@@ -28,6 +28,7 @@ from pythia_fast.progress import say
 
 FIRST_SIZES = ("410m", "70m", "1.4b")  # small heads, small widths, large ones
 CPU_SIZES = ("14m", "70m")
+CPU_TURNS, CPU_SECONDS = 4, 4.0  # many short ones: a shared machine differs between processes
 GPU_PARTS = ("baselines", "train", "profile", "kernels")
 ANYWHERE = ("startup", "data", "resources")
 NOT_ON_A_CPU = {
@@ -67,9 +68,9 @@ def cpu_plan(small: bool = False) -> Planned:
     """What a machine without a GPU can be asked. small: a smoke test, whose times mean nothing."""
     from bench import bench_profile, bench_train
 
-    sizes, seconds = (("tiny",), 0.2) if small else (CPU_SIZES, bench_train.SECONDS)
+    sizes, seconds = (("tiny",), 0.2) if small else (CPU_SIZES, CPU_SECONDS)
     impls = ("ours", "transformers") if small else bench_train.CPU_IMPLS
-    for turn in range(1 if small else 2):
+    for turn in range(1 if small else CPU_TURNS):
         yield from _part("train", bench_train.cases(sizes, impls, turn, False, seconds))
     yield from _part("profile", bench_profile.cases(sizes, on_gpu=False))
     yield from _anywhere(small)
