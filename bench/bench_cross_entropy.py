@@ -24,10 +24,19 @@ def _quack(module):
     return cross_entropy
 
 
+def _flash_attn(module):
+    def cross_entropy(logits, targets, scale):
+        losses, _ = module.cross_entropy_loss(logits, targets, inplace_backward=True)
+        return losses.sum() * scale
+
+    return cross_entropy
+
+
 PEERS: dict[str, dict[str, Peer]] = {
     "cross_entropy": {
         "liger": peer("liger_kernel.transformers.functional", _liger),
         "quack": peer("quack.cross_entropy", _quack),
+        "flash-attn": peer("flash_attn.ops.triton.cross_entropy", _flash_attn),
     }
 }
 

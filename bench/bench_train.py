@@ -3,9 +3,9 @@
     python -m bench.suite --only train
 
 The same synthetic batch and recipe in every implementation (`bench/train_peers.py`), each in a
-process of its own, in turns of opposite order. Before anything is timed, the loss of one row must
-agree with the reference model's on the same weights; afterwards the loss must have fallen. One
-step is a whole optimizer step: every microbatch, clipping, update. Tokens a step are those of the
+process of its own, in turns of opposite order. Before anything is timed, the loss of a microbatch
+must agree with the reference model's on the same weights; afterwards it must have fallen. One step
+is a whole optimizer step: every microbatch, clipping, update. Tokens a step are those of the
 original run on one GPU, the microbatch the largest that fits; what ran out of memory is in the row.
 """
 

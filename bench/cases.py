@@ -440,6 +440,7 @@ OPS: tuple[Op, ...] = (
         inputs=_list,
         key=lambda s: (s.flat,),
         bytes_moved={"forward": lambda s, size: (7 * 4 + size) * s.flat},
+        consumed=("grads",),  # as above
         written=("weights", "masters", "exp_avgs", "exp_avg_sqs"),
     ),
 )

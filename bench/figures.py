@@ -16,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from bench.bench_train import SMALL_STEP, STEP_TOKENS
+from bench.cases import SIZES
 from bench.record import Row, newest
 from pythia_fast import plan
-from pythia_fast.config import SUITE, resolve
+from pythia_fast.config import resolve
 from pythia_fast.report.figures import GUIDE, OURS
 
 KEY = "pythia-fast data sha256"
@@ -191,7 +192,7 @@ def _training(device: str, rows: Sequence[Row]) -> Figure | None:
 
 
 def _sizes() -> list[str]:
-    return ["tiny", *(name.removeprefix("pythia-") for name in SUITE)]
+    return ["tiny", *SIZES]
 
 
 def _draw_training(data: Any) -> Canvas:

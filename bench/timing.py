@@ -20,7 +20,7 @@ from bench.nvml import Sampler
 
 WARMUP = 5
 REPEATS = 50
-FLUSH_BYTES = 512 << 20  # ten times the 50 MB of an H200's L2
+FLUSH_BYTES = 512 << 20  # eight times the 60 MB of an H200's L2
 HOLD_CYCLES = 1_000_000  # about half a millisecond
 
 

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.runner import DTYPES
 from pythia_fast.config import Config
 from pythia_fast.data.indexed import beside, write_index
 from pythia_fast.model import Pythia, materialise
 from pythia_fast.ops import REFERENCE
-from pythia_fast.optim import decays
-from pythia_fast.train import DTYPES, Trainer
+from pythia_fast.train import Trainer
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -136,13 +136,12 @@ def _with_fused_adamw(
 ) -> Stepper:
     draw_weights(model)
     o = config.optimizer
-    named = list(model.named_parameters())
+    parameters = list(model.parameters())
     groups = [
-        {"params": [p for n, p in named if decays(_ours(n)) is kept], "weight_decay": decay}
-        for kept, decay in ((True, o.weight_decay), (False, 0.0))
+        {"params": [p for p in parameters if (p.dim() > 1) is matrix], "weight_decay": decay}
+        for matrix, decay in ((True, o.weight_decay), (False, 0.0))
     ]
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
-    parameters = [p for _, p in named]
     dtype = DTYPES[config.precision.compute]
 
     def precision() -> AbstractContextManager[Any]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from corpus import write_pair
 from kernel_proof import REPOSITORY, Mutant, assert_killed
 
+from bench.cases import SIZES
 from pythia_fast import plan
 from pythia_fast.cli import main
-from pythia_fast.config import SUITE, Model, load, resolve
+from pythia_fast.config import Model, load, resolve
 from pythia_fast.model import Pythia
+from pythia_fast.train import Trainer
 
 FILE = "pythia_fast/plan.py"
 # One H200, T = 2048, V = 50304, from an independent calculation, to its printed digits:
@@ -86,37 +91,33 @@ def test_memory(line: str) -> None:
     assert all(map(printed, found, wanted)), (found, wanted)
 
 
-@pytest.mark.parametrize("preset", SUITE)
-def test_parameters_are_the_models(preset: str) -> None:
+@pytest.mark.parametrize("size", SIZES)
+def test_parameters_are_the_models(size: str) -> None:
     """On the meta device: nothing is allocated. The products' weights are its matrices."""
-    m = resolve({"model.preset": preset}).model
+    m = resolve({"model.preset": f"pythia-{size}"}).model
     named = dict(Pythia(m).named_parameters())
     assert sum(p.numel() for p in named.values()) == m.parameters
     matrices = sum(p.numel() for n, p in named.items() if p.dim() == 2 and "embed_in" not in n)
     assert matrices == plan.matmul_parameters(m)
 
 
-def test_states_are_the_optimizers() -> None:
-    """18 bytes a parameter and the gradients of a microbatch, as optim.AdamW allocates them."""
-    import torch
-
-    from pythia_fast.config import Config
-    from pythia_fast.ops import REFERENCE
-    from pythia_fast.optim import AdamW
-
-    m = Model(layers=2, hidden=256, heads=4, vocab_size=1024)  # no padding between parameters
-    model = Pythia(m)
-    optimizer = AdamW(model, Config().optimizer, REFERENCE, torch.device("cpu"), torch.bfloat16)
-    flats = (optimizer.master, optimizer.grad, optimizer.exp_avg, optimizer.exp_avg_sq)
-    assert optimizer.weight is not None
-    held = sum(t.numel() * t.itemsize for t in (*flats, optimizer.weight))
-    found = plan.memory(m, 0)
-    assert held == found.states == plan.STATES * m.parameters
-    model.loss(torch.randint(1024, (1, 9))).backward()
-    gradients = sum(
-        p.grad.numel() * p.grad.itemsize for p in model.parameters() if p.grad is not None
-    )
-    assert gradients == found.gradients
+def test_states_are_the_trainers(tmp_path: Path) -> None:
+    """18 bytes a parameter, and the gradients of a microbatch, as the trainer allocates them."""
+    write_pair(tmp_path / "tokens", [np.arange(100) % 64] * 20)
+    sizes = {"layers": 2, "hidden": 256, "heads": 4, "vocab_size": 1024}  # no padding in buffers
+    page = {f"model.{key}": value for key, value in sizes.items()} | {
+        "data.prefix": str(tmp_path / "tokens"), "data.order": "sequential", "data.seq_len": 8,
+        "train.steps": 1, "train.batch_size": 1, "train.micro_batch_size": 1,
+        "precision.compute": "bf16",
+    }  # fmt: skip
+    trainer = Trainer(resolve(page), tmp_path / "run")
+    found, owned = plan.memory(trainer.config.model, 0), trainer.optimizer
+    states = (owned.weight, owned.master, owned.grad, owned.exp_avg, owned.exp_avg_sq)
+    assert sum(t.numel() * t.itemsize for t in states if t is not None) == found.states
+    assert found.states == plan.STATES * trainer.config.model.parameters
+    trainer.model.loss(torch.zeros(1, 9, dtype=torch.long)).backward()
+    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    assert sum(g.numel() * g.itemsize for g in gradients) == found.gradients
 
 
 def test_cards_by_the_drivers_name() -> None:

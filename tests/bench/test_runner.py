@@ -110,15 +110,22 @@ def test_benchmark_files(file: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err == "a benchmark needs a CUDA device; none is visible\n"
 
 
-def test_torch_fused_adamw_is_the_reference() -> None:
-    """The one peer of the optimizer: no pass of its own for the clip factor, aligned parts."""
-    op, dtype = find("adamw_"), torch.float16
+@pytest.mark.parametrize(("label", "gradients"), [("adamw_", "grad"), ("adamw_list_", "grads")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_torch_fused_adamw_is_the_reference(label: str, gradients: str, dtype: torch.dtype) -> None:
+    """No pass of its own for the clip factor; it writes over gradients: a copy is handed in."""
+    op = find(label)
     inputs = op.inputs(check.TINY, dtype, Draw(torch.device("cpu")))
-    assert inputs["decay_until"] % 64 == 0 and inputs["decay_until"] < inputs["master"].numel()
-    before = inputs["grad"].clone()
+    before = [t.clone() for t in inputs[gradients]]
     same = results(op, op.reference, inputs, dtype)
     exact = results(op, op.reference, inputs, dtype, torch.float64)
     fused = results(op, runner.peers(op)["torch-fused"](), inputs, dtype)
     where, found = worst(fused, same, exact, op, dtype)
     assert found.within, (where, found)
-    assert torch.equal(inputs["grad"], before)  # it writes over gradients: a copy was handed in
+    assert all(map(torch.equal, inputs[gradients], before))
+
+
+def test_the_parts_of_the_flat_buffer_are_aligned() -> None:
+    """As optim.AdamW aligns them: a peer that takes the parts apart vectorises both."""
+    inputs = find("adamw_").inputs(check.TINY, torch.float32, Draw(torch.device("cpu")))
+    assert inputs["decay_until"] % 64 == 0 and 0 < inputs["decay_until"] < len(inputs["master"])

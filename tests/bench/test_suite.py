@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernel_proof import REPOSITORY
 
-from bench import bench_baselines, report, runner, session, suite
+from bench import bench_baselines, processes, report, runner, session, suite
 from bench.cases import OPS, SIZES
 from bench.processes import Case
 from bench.record import ResultFile, Row, read
@@ -64,6 +64,20 @@ def test_gpu_plan_is_calls_that_exist() -> None:
     for _, case in gpu_plan():
         measure = importlib.import_module(case.module).measure
         inspect.signature(measure).bind(**case.what)
+
+
+@without_gpu
+def test_gpu_cases_without_a_gpu_are_rows() -> None:
+    """A case of each kind in its own process: an absent peer is skipped, the others say why not."""
+    found = {}
+    for _, case in gpu_plan():
+        kind = (case.module, case.head.get("kind"), case.head.get("impl") == "liger")
+        if case.module in ("bench.runner", "bench.bench_baselines") and kind not in found:
+            found[kind] = list(processes.run(case, 60.0))
+    assert len(found) == 6
+    for (_, _, peer), (row,) in found.items():
+        assert row["status"] == ("skipped" if peer else "error"), row
+        assert ("liger_kernel" if peer else "NVIDIA") in row["reason"] or "CUDA" in row["reason"]
 
 
 def test_gpu_plan_is_in_order_of_value_and_complete() -> None:
