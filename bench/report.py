@@ -160,7 +160,8 @@ def _training(rows: Sequence[Row]) -> Iterator[str]:
             f"{_span(len(row['ms']) for row in merged)} steps in "
             f"{_span(len(row['by_turn']) for row in merged)} processes an implementation, taking "
             "turns; one synthetic batch; forward, backward, clipping and AdamW"
-            + (f"; threads of torch: {_span(threads)}." if threads else ".")
+            + (f"; threads of torch: {_span(threads)}" if threads else "")
+            + ". An interval that holds 1 is no difference."
         )
 
 
