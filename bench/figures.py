@@ -25,7 +25,7 @@ from pythia_fast.report.figures import GUIDE, OURS
 KEY = "pythia-fast data sha256"
 PEER_COLOURS = ("#d1495b", "#edae49", "#2e8b57", "#7b5ea7", "#8c6d4f", "#3aa6b9", "#c06c9e")
 REFERENCE_COLOUR = "#555555"
-LABELLED = 12  # bars of a panel; more carry no figures, which stand in the table
+LABELLED = 12  # bars of a panel at most; more become points, their figures stand in the table
 BOUND_GPU = "H200"
 BOUND_SIZES = ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
 
@@ -178,9 +178,12 @@ def _training(device: str, rows: Sequence[Row]) -> Figure | None:
     data["absent"] = [[impl, size, status] for (impl, size), status in absent.items()]
     for impl in _in_order({row["impl"] for row in merged} | {impl for impl, _ in absent}):
         mine = {row["size"]: row for row in merged if row["impl"] == impl}
+        found = [mine.get(size) for size in sizes]
         data["impls"][impl] = {
-            "rate": [mine[s]["tokens_per_s"] if s in mine else None for s in sizes],
-            "memory": [mine[s]["peak_gb"] if s in mine else None for s in sizes],
+            "rate": [row and row["tokens_per_s"] for row in found],
+            "low": [row and 1e3 * row["tokens"] / row["ms_p80"] for row in found],
+            "high": [row and 1e3 * row["tokens"] / row["ms_p20"] for row in found],
+            "memory": [row and row["peak_gb"] for row in found],
         }
     card = plan.card(device)
     for row in merged if card else ():
@@ -196,38 +199,57 @@ def _sizes() -> list[str]:
 
 
 def _draw_training(data: Any) -> Canvas:
+    """Few sizes: bars from zero with their figures; many: points over decades."""
     canvas, axes = _canvas(1, 2, 9.0, 3.6)
     impls, sizes = list(data["impls"]), data["sizes"]
+    few = len(impls) * len(sizes) <= LABELLED
     width = 0.8 / len(impls)
-    for axis, what, label in (
-        (axes[0, 0], "rate", "tokens/s (log)"),
-        (axes[0, 1], "memory", "GB at most (log)"),
-    ):
+    for axis, what, label in ((axes[0, 0], "rate", "tokens/s"), (axes[0, 1], "memory", "GB")):
         for n, impl in enumerate(impls):
-            values = [v or 0 for v in data["impls"][impl][what]]
-            places = [i + (n - (len(impls) - 1) / 2) * width for i in range(len(sizes))]
-            bars = axis.bar(places, values, width * 0.92, color=_colour(impl, impls), label=impl)
-            if len(impls) * len(sizes) <= LABELLED:
-                texts = [_short(v) if v else "" for v in values]
-                axis.bar_label(bars, texts, fontsize=7, padding=2)
-        axis.set_yscale("log")
+            shift = (n - (len(impls) - 1) / 2) * width
+            mine = data["impls"][impl]
+            points = [(i + shift, v) for i, v in enumerate(mine[what]) if v]
+            _marks(axis, points, width if few else 0.0, impl, _colour(impl, impls))
+            if what == "rate":
+                ends = [(i, *e) for i, e in enumerate(zip(mine["low"], mine["high"], strict=True))]
+                for i, low, high in (e for e in ends if e[1]):
+                    axis.vlines(i + shift, low, high, color="black", linewidth=0.9)
+            for name, size, status in data["absent"]:
+                if name == impl:
+                    axis.text(
+                        sizes.index(size) + shift, 0.02, status, rotation=90, fontsize=6,
+                        ha="center", color=_colour(impl, impls),
+                        transform=axis.get_xaxis_transform(),
+                    )  # fmt: skip
+        axis.set_yscale("linear" if few else "log")
+        axis.margins(y=0.12)
         axis.set_xticks(range(len(sizes)), sizes)
-        axis.set_ylabel(label, fontsize=9)
-        for impl, size, status in data["absent"]:
-            place = sizes.index(size) + (impls.index(impl) - (len(impls) - 1) / 2) * width
-            axis.text(
-                place, 0.02, status, transform=axis.get_xaxis_transform(),
-                rotation=90, fontsize=6, ha="center", color=_colour(impl, impls),
-            )  # fmt: skip
-    for place, size in enumerate(sizes):
-        if size in data["bound"]:
-            first = place == 0
-            axes[0, 0].hlines(
-                data["bound"][size], place - 0.45, place + 0.45, color=GUIDE, linewidth=1.4,
-                label="bound A" if first else None,
-            )  # fmt: skip
+        axis.set_ylabel(
+            f"{label}, 20th to 80th percentile" if what == "rate" else f"{label} at most"
+        )
+        axis.yaxis.label.set_size(9)
+    for n, (size, rate) in enumerate(data["bound"].items()):
+        place = sizes.index(size)
+        axes[0, 0].hlines(
+            rate, place - 0.45, place + 0.45, color=GUIDE, linewidth=1.4,
+            label=None if n else "bound A",
+        )  # fmt: skip
     _legend(canvas, axes[0, 0].get_legend_handles_labels()[0])
     return canvas
+
+
+def _marks(
+    axis: Axes, points: list[tuple[float, float]], width: float, impl: str, colour: str
+) -> None:
+    """Bars of a width with their figures, points where it is 0."""
+    places, values = [x for x, _ in points], [y for _, y in points]
+    if not width:
+        axis.plot(places, values, "o", markersize=4, color=colour, label=impl)
+        return
+    bars = axis.bar(places, values, width * 0.92, color=colour, label=impl)
+    axis.bar_label(
+        bars, [_short(v) for v in values], fontsize=7, label_type="center", color="white"
+    )
 
 
 def _short(value: float) -> str:
