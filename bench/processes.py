@@ -48,6 +48,7 @@ def run(case: Case, seconds: float) -> Iterator[Row]:
     """
     limit = min(seconds, case.limit_s)
     end = time.monotonic() + limit
+    given: Row | None = None
     here, there = _CONTEXT.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile(prefix="pythia-fast-bench-", suffix=".log") as log:
         process = _CONTEXT.Process(target=_child, args=(case, there, log.name))
@@ -55,7 +56,8 @@ def run(case: Case, seconds: float) -> Iterator[Row]:
         there.close()
         try:
             while here.poll(max(end - time.monotonic(), 0)):
-                yield _row(case, here.recv())
+                given = here.recv()
+                yield _row(case, given)
             yield _row(case, {"status": "timeout", "reason": f"killed after {limit:.0f} s"})
             return
         except EOFError:  # it has given all its rows, or died
@@ -68,6 +70,8 @@ def run(case: Case, seconds: float) -> Iterator[Row]:
         if process.exitcode:
             reason = _cause(process.exitcode, Path(log.name))
             yield _row(case, {"status": "crash", "reason": reason})
+        elif given is None:
+            yield _row(case, {"status": "error", "reason": "it measured nothing"})
 
 
 def _row(case: Case, given: Row) -> Row:

@@ -30,7 +30,7 @@ from bench.cases import (
     results,
     shape,
     upstream,
-)  # fmt: skip
+)
 from bench.processes import Case
 from bench.record import Row, times
 
@@ -93,6 +93,8 @@ def measure(
     try:
         function = _load(op, impl)
     except Exception as error:  # absent, or built for another torch
+        if impl in OWN:
+            raise
         yield {"status": "skipped", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
         return
     inputs = op.inputs(s, kind, Draw(device))
@@ -106,11 +108,8 @@ def measure(
         return
     for which in op.passes:
         timed = _time(op, function, inputs, which, kind, l2, timer or timing.cuda_timer)
-        yield (
-            row
-            | {"part": which, **times(timed.ms), **_rate(op, s, which, timed.ms, kind)}
-            | (timed.device)
-        )
+        figures = {**times(timed.ms), **_rate(op, s, which, timed.ms, kind)}
+        yield row | {"part": which, **figures, **timed.device}
 
 
 def _load(op: Op, impl: str) -> Callable[..., Any]:

@@ -46,22 +46,24 @@ class Session:
 
     def run(self, cases: Sequence[Case], seconds: float = float("inf")) -> None:
         """Each case in its process until the time is over; the others become rows "not run"."""
-        end = time.monotonic() + seconds
+        end, minutes = time.monotonic() + seconds, f"{seconds / 60:.3g} minutes"
         again = {_key(row) for row in self.rows if row["status"] in REPEATED}
         done = {_key(row) for row in self.rows} - again
         todo = [case for case in cases if _key({"case": case.name, **case.head}) not in done]
         if len(todo) < len(cases):
-            say(
-                f"{len(cases) - len(todo)} of {len(cases)} cases stand in the file from this commit"
-            )
+            known = len(cases) - len(todo)
+            say(f"{known} of {len(cases)} cases stand in the file from this commit")
         for number, case in enumerate(todo, start=1):
             left = end - time.monotonic()
             if left < SHORTEST:
-                reason = f"the suite's {seconds / 60:.3g} minutes were over"
-                self.add([{"case": case.name, "part": "", **case.head} | _not("run", reason)])
+                row = {"case": case.name, "part": "", **case.head}
+                self.add([row | _not_run(f"the suite's {minutes} were over")])
                 continue
             say(f"[{number}/{len(todo)}] {case.name}")
-            self.add(list(run(case, left)))
+            rows = list(run(case, left))
+            if rows[-1]["status"] == "timeout" and left < case.limit_s:  # ours to blame, not its
+                rows[-1] |= _not_run(f"killed when the suite's {minutes} were over")
+            self.add(rows)
 
     def add(self, rows: list[Row]) -> None:
         """The rows of one case: whole or not at all, so that what stands in a file is complete."""
@@ -94,8 +96,8 @@ def _key(row: Row) -> tuple[Any, ...]:
     return row["case"], row.get("turn")
 
 
-def _not(what: str, reason: str) -> dict[str, str]:
-    return {"status": f"not {what}", "reason": reason}
+def _not_run(reason: str) -> dict[str, str]:
+    return {"status": "not run", "reason": reason}
 
 
 UNITS = {

@@ -50,11 +50,8 @@ def gpu_plan(minutes: float) -> Planned:
     labels, impls = runner.labels_of(runner.benchmarks()), bench_train.GPU_IMPLS
     other_sizes = tuple(s for s in bench_train.ALL_SIZES if s not in FIRST_SIZES)
     yield from _part("baselines", bench_baselines.cases(sustained))
-    reference = (
-        "eager",
-        "compile",
-    )  # nothing of ours in them
-    yield from _part("baselines", bench_train.cases(FIRST_SIZES, reference, 0, True))
+    # the reference model, nothing of ours in it
+    yield from _part("baselines", bench_train.cases(FIRST_SIZES, ("eager", "compile"), 0, True))
     yield from _part("kernels", runner.cases(labels, FIRST_SIZES[:1]))
     for sizes in (FIRST_SIZES, other_sizes):
         yield from _part("train", bench_train.cases(sizes, impls, 0, True))

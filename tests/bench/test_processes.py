@@ -42,6 +42,11 @@ def test_faults(fault: str, status: str, reason: str) -> None:
     assert last["status"] == status and reason in last["reason"] and "\n" not in last["reason"]
 
 
+def test_a_case_without_rows_is_a_row() -> None:
+    (row,) = rows_of("says nothing")
+    assert (row["status"], row["reason"]) == ("error", "it measured nothing")
+
+
 def test_last_words_are_quoted() -> None:
     assert "the last words" in rows_of("dies")[-1]["reason"]
 

@@ -57,6 +57,13 @@ def test_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["status"] == "wrong" and "beyond the bound" in row["reason"] and "ms" not in row
 
 
+def test_a_kernel_of_ours_is_never_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an error of the process where it cannot be imported."""
+    monkeypatch.delattr(layer_norm, "layer_norm")
+    with pytest.raises(AttributeError):
+        rows_of("layer_norm", "ours")
+
+
 def test_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Absent: skipped; wrong: said; one that fails: its error, for the process to report."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,17 @@ def test_no_time_left_is_a_row(tmp_path: Path, clean: None) -> None:
     (row,) = read(path)
     assert row["status"] == "not run" and "minutes were over" in row["reason"]
     assert row["impl"] == "ours" and row["when"]
+
+
+def test_a_case_killed_by_the_suites_end_did_not_hang(tmp_path: Path, clean: None) -> None:
+    """Its own limit was not reached: it is tried again, and nothing of ours is wrong."""
+    path = tmp_path / "rows.jsonl"
+    case = fault("hangs")
+    case.what["path"] = str(tmp_path / "pid")
+    assert not run(path, [case], seconds=session.SHORTEST + 0.5).failed
+    assert [row["status"] for row in read(path)] == ["ok", "not run"]
+    assert run(path, [replace(case, limit_s=2.0)]).failed
+    assert [row["status"] for row in read(path)[2:]] == ["ok", "timeout"]
 
 
 def test_a_peers_failure_is_not_ours(tmp_path: Path, clean: None) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 
 def measure(fault: str, path: str = "") -> Iterator[dict[str, Any]]:
+    if fault == "says nothing":
+        return
     yield {"part": "first", "ms": [1.0]}
     match fault:
         case "none":
