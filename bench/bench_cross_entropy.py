@@ -6,7 +6,9 @@ import sys
 
 from bench.runner import Peer, main, peer
 
-LABELS = ("cross_entropy", "cross_entropy_stats", "cross_entropy_grad_")
+LABELS = (
+    "cross_entropy", "cross_entropy_stats", "cross_entropy_combine", "cross_entropy_grad_",
+)  # fmt: skip
 
 
 def _liger(module):

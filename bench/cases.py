@@ -235,6 +235,16 @@ def _shard(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
     return {"logits": shard, "targets": values["targets"], "vocab_start": half}
 
 
+def _shard_statistics(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    """Those of both halves, each of which knows the target's logit of its own rows."""
+    half = s.vocab // 2
+    values = _logits(s, dtype, draw)
+    pieces = ((values["logits"][:, :half], 0), (values["logits"][:, half:], half))
+    stats = [reference.cross_entropy_stats(x, values["targets"], start) for x, start in pieces]
+    names = ("row_max", "row_sum", "row_target")
+    return dict(zip(names, map(torch.stack, zip(*stats, strict=True)), strict=True))
+
+
 def _shard_grad(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
     half = s.vocab // 2
     values = _logits(s, dtype, draw)
@@ -394,6 +404,14 @@ OPS: tuple[Op, ...] = (
         inputs=_shard,
         key=_vocabulary,
         bytes_moved={"forward": _logits_moved(1, 2)},
+    ),
+    Op(
+        label="cross_entropy_combine",
+        file="cross_entropy",
+        name="cross_entropy_combine",
+        inputs=_shard_statistics,
+        key=_vocabulary,
+        bytes_moved={"forward": lambda s, size: (2 * 3 + 2) * 4 * s.rows},
     ),
     Op(
         label="cross_entropy_grad_",

@@ -14,8 +14,9 @@ gradient read, 4; weight written, 2), 28 without weights, 2 fewer with bf16 grad
 reads the gradient once more, 4 or 2. About 25 FLOPs a parameter: bound by memory bandwidth. There
 is no pass that clears the gradient: the first microbatch of a step overwrites it.
 
-A thread has 8 elements of each stream, all loads of which (up to 8 of 16 bytes) are independent of
-each other. Only a last tile that is not full is masked. Offsets are 64-bit.
+Loads in flight (sm_90): a thread has 8 elements of each stream, 7 or 8 independent loads of 16
+bytes, 126 to 168 KB an SM (the list form 96 KB or more); `grad_norm` has 8 of fp32 and 4 of bf16,
+144 and 72 KB. Only a last tile that is not full is masked. Offsets are 64-bit.
 
 `grad_norm` is deterministic, and the same on any device: NORM_PROGRAMS programs walk the buffer
 with a fixed stride and write one fp32 partial each, which a second launch adds in a fixed order.
@@ -26,7 +27,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -216,16 +216,17 @@ def _root_sum_kernel(
 def grad_norm(grad: Tensor) -> Tensor:
     """√Σg², an fp32 scalar on grad's device. grad: flat (n,), fp32 or bf16. Deterministic."""
     check(grad, "grad", dtypes=GRADIENTS, rank=1)
-    norm = torch.zeros((), dtype=torch.float32, device=grad.device)
+    norm = torch.empty((), dtype=torch.float32, device=grad.device)
+    if not grad.numel():
+        return norm.zero_()
     count = min(triton.cdiv(grad.numel(), NORM_BLOCK), NORM_PROGRAMS)
-    if count:
-        partials = torch.empty(count, dtype=torch.float32, device=grad.device)
-        _square_sum_kernel[(count,)](
-            grad=grad, partials=partials, n=grad.numel(), BLOCK=NORM_BLOCK, num_warps=NORM_WARPS
-        )
-        _root_sum_kernel[(1,)](
-            partials=partials, norm=norm, P=count, BLOCK=NORM_PROGRAMS, num_warps=NORM_WARPS
-        )
+    partials = torch.empty(count, dtype=torch.float32, device=grad.device)
+    _square_sum_kernel[(count,)](
+        grad=grad, partials=partials, n=grad.numel(), BLOCK=NORM_BLOCK, num_warps=NORM_WARPS
+    )
+    _root_sum_kernel[(1,)](
+        partials=partials, norm=norm, P=count, BLOCK=NORM_PROGRAMS, num_warps=NORM_WARPS
+    )
     return norm
 
 
@@ -288,40 +289,96 @@ def adamw_list_(
 
     The lists are of equal length, entry i of one shape and contiguous; dtypes as in `adamw_`, one
     for all weights and one for all gradients. decays[i]: whether weight decay applies to tensor i.
-    The table is built on the host and kept for as long as addresses and sizes stay the same.
+    Checks, table and copy are paid at every call: a training loop keeps an `AdamWList`, which a
+    CUDA graph needs (RuntimeError here during its capture).
     """
-    _check_lists(weights, masters, exp_avgs, exp_avg_sqs, grads, decays)
-    columns = (weights, masters, exp_avgs, exp_avg_sqs, grads)
-    rows = tuple(
-        (*(0 if c is None else c[i].data_ptr() for c in columns), masters[i].numel(), int(decay))
-        for i, decay in enumerate(decays)
-        if masters[i].numel()
-    )
-    if rows:
-        table, chunks = _tables(rows, masters[0].device)
-        aligned = all(address % 16 == 0 for row in rows for address in row[:5])
-        _adamw_list_kernel[(chunks.shape[0],)](
-            table=table,
-            chunks=chunks,
-            WEIGHT=None if weights is None else _TRITON[weights[0].dtype],
-            GRAD=_TRITON[grads[0].dtype],
-            ALIGN=16 if aligned else 2,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-            **_scalars(lr, step, grad_scale, masters[0].device),
-            **_rates(betas, eps, weight_decay),
-            num_warps=WARPS,
-        )
+    tensors = AdamWList(weights, masters, exp_avgs, exp_avg_sqs, grads, decays)
+    tensors.step_(lr, step, grad_scale, betas, eps, weight_decay)
 
 
-@lru_cache(maxsize=64)
-def _tables(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The address table (T, 7) int64 and (tensor, chunk) of every program (C, 2) int32."""
-    chunks = [(i, c) for i, row in enumerate(rows) for c in range(triton.cdiv(row[5], CHUNK))]
-    return (
-        torch.tensor(rows, dtype=torch.int64).to(device),
-        torch.tensor(chunks, dtype=torch.int32).to(device),
-    )
+class AdamWList:
+    """The tensors of `adamw_list_`, checked once, and the table of their addresses on the device.
+
+    Holds tensors and table, so both live as long as it does: keep it with the CUDA graph that
+    captured its `step_`. A tensor that is replaced, say a gradient made anew, needs a new one. The
+    table is copied on the current stream; another stream must wait for it before `step_`.
+    """
+
+    def __init__(
+        self,
+        weights: list[Tensor] | None,
+        masters: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        grads: list[Tensor],
+        decays: list[bool],
+    ) -> None:
+        """Arguments as in `adamw_list_`. Raises ValueError, TypeError, RuntimeError (a capture)."""
+        _check_lists(weights, masters, exp_avgs, exp_avg_sqs, grads, decays)
+        self.columns = (weights, masters, exp_avgs, exp_avg_sqs, grads)
+        rows = [
+            [*(0 if c is None else c[i].data_ptr() for c in self.columns), p.numel(), int(decay)]
+            for i, (p, decay) in enumerate(zip(masters, decays, strict=True))
+            if p.numel()
+        ]
+        if not rows:
+            self.chunks = None
+            return
+        device = masters[0].device
+        if _capturing(device):
+            raise RuntimeError(
+                "adamw_list_: its table of addresses is copied from the host, which a CUDA graph"
+                " cannot capture; make an AdamWList before, and capture its step_"
+            )
+        addresses = [a for row in rows for a in row[:5] if a]
+        if len(set(addresses)) < len(addresses):
+            raise ValueError("masters, exp_avgs, exp_avg_sqs, grads, weights: two share memory")
+        self.table = _to_device(torch.tensor(rows, dtype=torch.int64), device)  # (T, 7)
+        self.chunks = _to_device(_chunks(torch.tensor([row[5] for row in rows])), device)
+        self.types = {
+            "WEIGHT": None if weights is None else _TRITON[weights[0].dtype],
+            "GRAD": _TRITON[grads[0].dtype],
+            "ALIGN": 16 if all(a % 16 == 0 for a in addresses) else 2,
+        }
+
+    def step_(
+        self,
+        lr: Tensor,
+        step: Tensor,
+        grad_scale: Tensor,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        """One AdamW step of every tensor, in place and in one launch; arguments as in `adamw_`."""
+        if self.chunks is not None:
+            _adamw_list_kernel[(self.chunks.shape[0],)](
+                table=self.table,
+                chunks=self.chunks,
+                **self.types,
+                CHUNK=CHUNK,
+                BLOCK=BLOCK,
+                **_scalars(lr, step, grad_scale, self.chunks.device),
+                **_rates(betas, eps, weight_decay),
+                num_warps=WARPS,
+            )
+
+
+def _chunks(sizes: Tensor) -> Tensor:
+    """(tensor, chunk of it) of every program, (C, 2) int32, for sizes (T,) of at least 1."""
+    counts = (sizes + CHUNK - 1) // CHUNK
+    tensor = torch.arange(len(sizes)).repeat_interleave(counts)
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return torch.stack((tensor, torch.arange(len(tensor)) - first), dim=1).int()
+
+
+def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    """From pinned memory, so that the host does not wait; the allocator keeps that until copied."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _check_lists(weights, masters, exp_avgs, exp_avg_sqs, grads, decays) -> None:
@@ -403,7 +460,6 @@ def aot_cases() -> Iterator[AotCase]:
                 signature=signature | rates | {"BLOCK": "constexpr"},
                 constexprs=constexprs,
                 num_warps=WARPS,
-                num_stages=1,
                 wide=tuple(n for n in (*streams, "grad") if signature[n] != "constexpr"),
             )
     for weight, grad in ((tl.bfloat16, tl.float32), (tl.float16, tl.float32), (None, tl.float32)):
@@ -415,7 +471,8 @@ def aot_cases() -> Iterator[AotCase]:
             signature=signature | dict.fromkeys(constexprs, "constexpr"),
             constexprs=constexprs,
             num_warps=WARPS,
-            num_stages=1,
+            wide=("?",),  # addresses from memory; only a tensor's last tile is element by element
+            narrow={"?": {"ld32": 32, "st32": 24} | ({"st16": 8} if weight else {})},
         )
     for grad in ("fp32", "bf16"):
         yield AotCase(
@@ -424,7 +481,6 @@ def aot_cases() -> Iterator[AotCase]:
             signature={"grad": f"*{grad}", "partials": "*fp32", "n": "i64", "BLOCK": "constexpr"},
             constexprs={"BLOCK": NORM_BLOCK},
             num_warps=NORM_WARPS,
-            num_stages=1,
             wide=("grad",),
         )
     yield AotCase(
@@ -433,5 +489,5 @@ def aot_cases() -> Iterator[AotCase]:
         signature={"partials": "*fp32", "norm": "*fp32", "P": "i32", "BLOCK": "constexpr"},
         constexprs={"BLOCK": NORM_PROGRAMS},
         num_warps=NORM_WARPS,
-        num_stages=1,
+        wide=("partials",),
     )

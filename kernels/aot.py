@@ -3,10 +3,11 @@
     python -m pythia_fast.kernels.aot [--arch sm_90 ...] [--only NAME] [--every N] [--json]
 
 Compiles each case of each kernel file (`aot_cases()`) to a cubin and reports registers, spills,
-shared memory, the matrix instruction, the width of every pointer's global accesses and the static
-bound of the hot loop. Exits 1, with one line for each on stderr, when a kernel spills beyond its
-budget, needs more shared memory than the chip has, lacks a matrix instruction or accesses memory
-narrowly where its case says wide. A compilation says nothing about speed or correctness.
+shared memory, how many programs an SM holds, the matrix instruction, the width of every pointer's
+global accesses and the static bound of the hot loop. Exits 1, with one line for each on stderr,
+when a kernel spills beyond its budget, needs more shared memory than the chip has, does not fit an
+SM as often as it is launched for each, lacks a matrix instruction or accesses memory narrowly where
+its case says wide. A compilation says nothing about speed or correctness.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 PACKAGE = __package__ or "pythia_fast.kernels"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block
+SM_SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}  # bytes an SM
+SM_REGISTERS, SM_WARPS, SM_BLOCKS = 65536, 64, 32  # of all three
 WIDE_BITS = 128
 LOOP_SPILLS = 0.01  # accesses to local memory among the instructions of the hot loop
 EXACT_FLOPS = {"sm_90": 1.05}  # at most so many issued for one needed, where they can be counted
@@ -112,7 +115,7 @@ def _report(job: Job) -> dict[str, Any]:
     except Exception as error:  # a compiler's error is a row of the report
         message = (str(error).strip() or "no message").splitlines()[-1]
         return _failure(job, f"{type(error).__name__}: {message}")
-    return row | {"violations": violations(case, row)}
+    return row | {"resident": resident(row), "violations": violations(case, row)}
 
 
 def _identity(job: Job, case: AotCase) -> dict[str, Any]:
@@ -200,16 +203,20 @@ def violations(case: AotCase, row: dict[str, Any]) -> list[str]:
     limit = SHARED_LIMIT[row["arch"]]
     if row["shared_bytes"] > limit:
         found.append(f"needs {row['shared_bytes']} bytes of shared memory, the chip has {limit}")
+    elif (fit := resident(row)) is not None and fit < case.per_sm:
+        found.append(f"{fit} programs fit an SM, {case.per_sm} are launched for each")
     if case.matrix and row["matrix"] is None:
         found.append("no matrix instruction in the PTX")
-    for pointer in case.wide:
+    for pointer in dict.fromkeys((*case.wide, *case.narrow)):
         accesses = row["accesses"].get(pointer, {})
         narrow = {a: n for a, n in accesses.items() if int(a.lstrip("abcdelmorst")) < WIDE_BITS}
-        if narrow:
-            listed = ", ".join(f"{n} x {a}" for a, n in narrow.items())
-            found.append(f"{pointer}: accesses narrower than {WIDE_BITS} bits ({listed})")
-        elif not accesses:
-            found.append(f"{pointer}: no access found that could be seen to be wide")
+        if narrow != dict(case.narrow.get(pointer, {})):
+            found.append(
+                f"{pointer}: accesses narrower than {WIDE_BITS} bits ({_listed(narrow)}),"
+                f" expected {_listed(case.narrow.get(pointer, {}))}"
+            )
+        elif pointer in case.wide and len(narrow) == len(accesses):
+            found.append(f"{pointer}: no access of {WIDE_BITS} bits found")
     return found
 
 
@@ -222,9 +229,26 @@ def _loop_violations(case: AotCase, loop: dict[str, Any], arch: str) -> list[str
     if loop["selects"]:
         found.append(f"the hot loop masks ({loop['selects']} selects)")
     issued, needed = loop["flops"], case.loop_flops
-    if arch in EXACT_FLOPS and not needed <= issued <= EXACT_FLOPS[arch] * needed:
-        found.append(f"the hot loop issues {issued:.0f} FLOPs, {needed} are needed")
+    if arch in EXACT_FLOPS and not needed <= (issued or 0) <= EXACT_FLOPS[arch] * needed:
+        found.append(f"the hot loop issues {issued} FLOPs, {needed} are needed")
     return found
+
+
+def resident(row: dict[str, Any]) -> int | None:
+    """Programs that an SM holds at once; None where the registers are unknown.
+
+    CUDA C++ Programming Guide, compute capabilities: registers are given to a warp in units of 256,
+    1 KB of shared memory is kept for each block (8.0 and later).
+    """
+    if row["registers"] is None:
+        return None
+    registers = 32 * -(-max(row["registers"], 1) // 8) * 8 * row["num_warps"]
+    shared = SM_SHARED[row["arch"]] // (row["shared_bytes"] + 1024)
+    return min(SM_REGISTERS // registers, SM_WARPS // row["num_warps"], shared, SM_BLOCKS)
+
+
+def _listed(accesses: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} x {a}" for a, n in accesses.items()) or "none"
 
 
 # --- command --------------------------------------------------------------------------------------
@@ -277,7 +301,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     table = Table(caption=caption)
     for title in ("kernel", "case", "arch", "matrix", "accesses"):
         table.add_column(title, overflow="fold")
-    for title in ("regs", "spill", "shared", "bytes", "issue", "bound", "B/cycle"):
+    for title in ("regs", "spill", "shared", "per SM", "bytes", "issue", "bound", "B/cycle"):
         table.add_column(title, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*_cells(row))
@@ -292,7 +316,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{pointer} {' '.join(f'{n}x{a}' for a, n in counts.items())}"
         for pointer, counts in row["accesses"].items()
     )
-    resources = [str(row[k]) for k in ("registers", "spill_bytes", "shared_bytes")]
+    resources = [str(row[k]) for k in ("registers", "spill_bytes", "shared_bytes", "resident")]
     cells = [*first, row["matrix"] or "-", accesses, *resources]
     loop = row["hot_loop"]
     if loop is None:

@@ -6,7 +6,8 @@ example "6.9b dual forward bf16": they are the rows of the resource report.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -20,9 +21,12 @@ class AotCase:
     signature: dict[str, str]
     constexprs: dict[str, object]  # a value for each "constexpr" of the signature
     num_warps: int
-    num_stages: int
-    wide: tuple[str, ...] = ()  # pointers whose global accesses must all be 128 bits a thread
+    num_stages: int = 3  # Triton's default, which the launchers leave as it is
+    wide: tuple[str, ...] = ()  # pointers that must be accessed 128 bits a thread ...
+    # ... but for exactly these, {"x": {"ld64": 3}}: tails, or all where a row allows no more
+    narrow: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     not_aligned: tuple[str, ...] = ()  # pointers and integers that are not multiples of 16
+    per_sm: int = 1  # programs of a launch that an SM must hold together: a walk is one wave
     matrix: bool = False  # a matrix instruction must appear
     loop_flops: int = 0  # matrix FLOPs that an iteration of the hot loop needs, 0: not asked
     spill_budget: int = 0  # bytes a thread; the hot loop has a limit of its own

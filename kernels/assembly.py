@@ -166,7 +166,8 @@ class Instruction:
 
     @property
     def uses_shared(self) -> bool:
-        return self.opcode.startswith(("LDS", "STS", "LDGSTS", "SHFL"))
+        access = self.opcode.startswith(("LDS", "STS", "LDGSTS", "SHFL"))
+        return access and self.predicate != "!PT"  # which never runs
 
     @property
     def uses_global(self) -> bool:

@@ -198,22 +198,25 @@ def _check_out(out: Tensor, qkv: Tensor) -> None:
 
 
 class AttentionFunction(torch.autograd.Function):
-    """Owns qkv, which it turns in place, and the gradient of it, which it turns back."""
+    """Owns qkv, which it turns in place, and the gradient of it, which it turns back.
+
+    Autograd hears of the write by qkv's version, not by `mark_dirty`, which asks that a view (the
+    projection seen as heads) be returned alone.
+    """
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, doc_start, deterministic):
-        ctx.set_materialize_grads(False)
         if cos is not None:
             rotary_fwd(qkv, cos, sin)
-            ctx.mark_dirty(qkv)
+            torch.autograd.graph.increment_version(qkv)
         out, lse = attention_fwd(qkv, doc_start)
         ctx.deterministic = deterministic
         ctx.save_for_backward(qkv, out, lse, cos, sin, doc_start)
-        return out, qkv
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out, _):
+    def backward(ctx, d_out):
         qkv, out, lse, cos, sin, doc_start = ctx.saved_tensors
         if d_out.stride(-1) != 1:  # an expanded scalar
             d_out = d_out.clone(memory_format=torch.contiguous_format)
@@ -246,7 +249,7 @@ def attention(
         and qkv.is_leaf and qkv.requires_grad and torch.is_grad_enabled()
     ):  # fmt: skip
         raise ValueError("qkv: a leaf that requires grad cannot be rotated in place; pass a clone")
-    return AttentionFunction.apply(qkv, cos, sin, doc_start, deterministic)[0]
+    return AttentionFunction.apply(qkv, cos, sin, doc_start, deterministic)
 
 
 def aot_cases() -> Iterator[AotCase]:

@@ -300,7 +300,7 @@ def attention_cases(
                 num_stages=tile.stages,
                 architectures=architectures,
                 wide=wide,
-                not_aligned=(*counts, *tables),
+                not_aligned=tuple(n for n in (*counts, *tables) if n in kernel.arg_names),
                 matrix=products > 0,
                 loop_flops=2 * products * tile.queries * tile.keys * d,
                 spill_budget=SPILLS,

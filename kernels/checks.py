@@ -41,7 +41,7 @@ def check(
     _check_device(tensor, name, device)
     if rank is not None and tensor.dim() != rank:
         raise ValueError(f"{name}: rank {tensor.dim()} {tuple(tensor.shape)}, expected {rank}")
-    if shape is not None and not _matches(tensor.shape, shape):
+    if shape is not None and tensor.shape != shape and not _matches(tensor.shape, shape):
         wanted = ", ".join("*" if n is None else str(n) for n in shape)
         raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected ({wanted})")
     if last_stride is None or tensor.dim() == 0 or tensor.shape[-1] < 2:

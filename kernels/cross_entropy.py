@@ -14,6 +14,8 @@ thread of 1024, and spills. Two rows an SM are in flight instead, 2 · 100.6 KB 
 the first sweep leaves in L1 (256 KB an SM) or at the worst in L2 (264 rows, 26.5 MB of 60 MB on an
 H200).
 
+Loads in flight (bf16, sm_90): 4 independent 16-byte loads a thread, 64 KB an SM.
+
 Necessary bytes a row of V 16-bit logits: 4·V with the gradient (read, written), 2·V without. About
 12 FLOPs and 2.1 exp an element: bound by memory bandwidth (the exps of a row take 60 % of the time
 its bytes take at 4.3 TB/s over 132 SMs of 16 exp a clock, so both must overlap).
@@ -25,11 +27,12 @@ host synchronisation. A logit of −inf has probability 0; a row with NaN, +inf 
 
 fp16: dlogits are rounded when they are written, so the loss scale belongs in `scale`, not on the
 loss. Tensor parallel: `cross_entropy_stats` and `cross_entropy_grad_` are the two sweeps of one
-vocabulary shard.
+vocabulary shard, and `cross_entropy_combine` makes losses of all shards' statistics between them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -40,11 +43,14 @@ from torch.autograd.function import once_differentiable
 
 from pythia_fast.kernels.aot_case import AotCase
 from pythia_fast.kernels.checks import check
-from pythia_fast.kernels.rows import programs
+from pythia_fast.kernels.rows import SUITE, programs
 
 BLOCK = 16384  # columns of a full tile: 4 independent 16-byte loads a thread for 16 bits
 WARPS = 16
 ROWS_PER_SM = 2
+BLOCK_COMBINE = 512  # rows whose shards a program combines
+
+VOCABULARIES = (("70m", 50304), ("6.9b", 50432), ("12b", 50688))  # 50304 up to 2.8B
 
 LOWEST = tl.constexpr(-1e38)  # finite, so that −inf − LOWEST is not NaN
 
@@ -190,12 +196,47 @@ def _cross_entropy_stats_kernel(
         p_row = logits + tl.cast(i_row, tl.int64) * stride
         i_target = tl.load(targets + i_row) - vocab_start
         m_target = (i_target >= 0) & (i_target < V)
-        b_target = tl.load(p_row + i_target, mask=m_target, other=0.0).to(tl.float32)
+        b_target = tl.load(p_row + i_target, mask=m_target, other=float("nan")).to(tl.float32)
 
         b_max, b_sum = row_max_sum(p_row, V, BLOCK, TAIL, VEC)
         tl.store(row_max + i_row, b_max)
         tl.store(row_sum + i_row, b_sum)
         tl.store(row_target + i_row, b_target)
+
+
+@triton.jit
+def _cross_entropy_combine_kernel(
+    row_max,  # (S, M) fp32, row stride stride_max
+    row_sum,  # (S, M) fp32, row stride stride_sum
+    row_target,  # (S, M) fp32, row stride stride_target; NaN: the target is of another shard
+    losses,  # (M,) fp32
+    lse,  # (M,) fp32
+    S,
+    M,
+    stride_max,
+    stride_sum,
+    stride_target,
+    scale,
+    BLOCK: tl.constexpr,
+):
+    o_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_row = o_row < M
+    b_m = tl.load(row_max + o_row, mask=m_row, other=0.0)
+    b_s = tl.load(row_sum + o_row, mask=m_row, other=1.0)
+    b_target = tl.load(row_target + o_row, mask=m_row, other=0.0)
+    for i_shard in range(1, S):
+        b_max = tl.load(row_max + i_shard * stride_max + o_row, mask=m_row, other=0.0)
+        b_new = tl.maximum(b_m, b_max)
+        b_sum = tl.load(row_sum + i_shard * stride_sum + o_row, mask=m_row, other=0.0)
+        b_s = exp(b_m - b_new) * b_s + exp(b_max - b_new) * b_sum
+        b_m = b_new
+        b_t = tl.load(row_target + i_shard * stride_target + o_row, mask=m_row, other=0.0)
+        b_target = tl.where(b_t == b_t, b_t, b_target)
+    b_log = tl.log(b_s)
+    tl.store(losses + o_row, scale * ((b_m - b_target) + b_log), mask=m_row)
+    # no shard has the target: NaN, and so will be the gradient
+    b_lse = tl.where(b_target == b_target, b_m + b_log, b_target)
+    tl.store(lse + o_row, b_lse, mask=m_row)
 
 
 @triton.jit
@@ -223,15 +264,20 @@ def _cross_entropy_grad_kernel(
         )
 
 
-def cross_entropy_fwd(logits: Tensor, targets: Tensor, scale: float, write_grad: bool) -> Tensor:
+def cross_entropy_fwd(
+    logits: Tensor, targets: Tensor, scale: float, write_grad: bool, losses: Tensor | None = None
+) -> Tensor:
     """scale · loss of each row, (M,) fp32; dlogits over the logits where write_grad.
 
-    logits (M, V) with rows at one stride, targets (M,) int64. Raises ValueError, TypeError.
+    logits (M, V) with rows at one stride, targets (M,) int64. losses: where the result goes, None
+    allocates. Raises ValueError, TypeError.
     """
     _check_inputs(logits, targets)
     if not logits.is_cuda:
         check_targets(targets, logits.shape[1])
-    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    if losses is None:
+        losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    check(losses, "losses", dtypes=(torch.float32,), shape=targets.shape, device=logits.device)
     if len(losses):
         _cross_entropy_fwd_kernel[_grid(logits)](
             logits=logits,
@@ -253,16 +299,14 @@ def cross_entropy_bwd(dlogits: Tensor, dloss: Tensor) -> Tensor:
     check(dlogits, "dlogits", rank=2)
     check(dloss, "dloss", shape=(), device=dlogits.device)
     if dlogits.numel():
-        vec = 16 // dlogits.element_size()
-        _cross_entropy_bwd_kernel[_grid(dlogits)](
+        tiles = _bwd_tiles(dlogits)
+        per_sm = ROWS_PER_SM * WARPS // tiles["num_warps"]
+        _cross_entropy_bwd_kernel[_grid(dlogits, per_sm)](
             dlogits=dlogits,
             dloss=dloss,
             M=dlogits.shape[0],
             stride=dlogits.stride(0),
-            N=dlogits.shape[1],
-            BLOCK=min(BLOCK, max(triton.next_power_of_2(dlogits.shape[1]), vec)),
-            VEC=vec,
-            num_warps=WARPS,
+            **tiles,
         )
     torch.autograd.graph.increment_version(dlogits)
     return dlogits
@@ -273,11 +317,8 @@ def cross_entropy_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What one vocabulary shard adds: per row (max, Σexp(logit − max), target's logit), fp32.
 
-    logits (M, V/p) are columns [vocab_start, vocab_start + V/p); a row whose target lies elsewhere
-    contributes a target logit of 0. Shards combine by
-    m = max mᵢ, s = Σ sᵢ·exp(mᵢ − m), loss = m + log s − Σ tᵢ.
-
-    An id outside the whole vocabulary looks like one of another shard: `check_targets` tells.
+    logits (M, V/p) are columns [vocab_start, vocab_start + V/p); the target's logit is NaN in a row
+    whose target lies elsewhere. `cross_entropy_combine` makes the loss of all shards' numbers.
     """
     _check_inputs(logits, targets)
     count, device = logits.shape[0], logits.device
@@ -297,12 +338,50 @@ def cross_entropy_stats(
     return stats
 
 
+def cross_entropy_combine(
+    row_max: Tensor, row_sum: Tensor, row_target: Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """scale · loss of each row, and its log-sum-exp over the whole vocabulary, (M,) fp32 each.
+
+        m = max mᵢ    s = Σ sᵢ·exp(mᵢ − m)    lse = m + log s    loss = (m − t) + log s
+
+    row_max, row_sum, row_target (p, M) fp32: what `cross_entropy_stats` gave on each of p shards, t
+    the one target logit that is not NaN. Where no shard has it, the id is outside of the vocabulary
+    (or a shard is missing): both results are NaN, and by lse the gradient of `cross_entropy_grad_`.
+    """
+    fp32, device = (torch.float32,), row_max.device if isinstance(row_max, Tensor) else None
+    check(row_max, "row_max", dtypes=fp32, rank=2)
+    for statistic, name in ((row_sum, "row_sum"), (row_target, "row_target")):
+        check(statistic, name, dtypes=fp32, shape=row_max.shape, device=device)
+    shards, count = row_max.shape
+    if shards == 0:
+        raise ValueError(f"row_max: shape {tuple(row_max.shape)}, expected (p, M) with p ≥ 1")
+    losses, lse = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
+    if count:
+        _cross_entropy_combine_kernel[(triton.cdiv(count, BLOCK_COMBINE),)](
+            row_max=row_max,
+            row_sum=row_sum,
+            row_target=row_target,
+            losses=losses,
+            lse=lse,
+            S=shards,
+            M=count,
+            stride_max=row_max.stride(0),
+            stride_sum=row_sum.stride(0),
+            stride_target=row_target.stride(0),
+            scale=float(scale),
+            BLOCK=BLOCK_COMBINE,
+            num_warps=4,
+        )
+    return losses, lse
+
+
 def cross_entropy_grad_(
     logits: Tensor, targets: Tensor, lse: Tensor, scale: float, vocab_start: int = 0
 ) -> Tensor:
     """logits ← scale · (exp(logits − lse) − onehot(target)), in place; returns logits.
 
-    logits (M, V/p) as in `cross_entropy_stats`; lse (M,) fp32, the log-sum-exp over all shards.
+    logits (M, V/p) as in `cross_entropy_stats`; lse (M,) fp32 as `cross_entropy_combine` gives it.
     """
     _check_inputs(logits, targets)
     check(lse, "lse", dtypes=(torch.float32,), shape=targets.shape, device=logits.device)
@@ -338,8 +417,8 @@ def _check_inputs(logits: Tensor, targets: Tensor) -> None:
         raise ValueError(f"logits: strides {logits.stride()}, the rows overlap")
 
 
-def _grid(rows: Tensor) -> tuple[int]:
-    return (min(rows.shape[0], programs(rows.device, ROWS_PER_SM)),)
+def _grid(rows: Tensor, per_sm: int = ROWS_PER_SM) -> tuple[int]:
+    return (min(rows.shape[0], programs(rows.device, per_sm)),)
 
 
 def _tiles(logits: Tensor) -> dict[str, int]:
@@ -347,6 +426,14 @@ def _tiles(logits: Tensor) -> dict[str, int]:
     columns, vec = logits.shape[1], 16 // logits.element_size()
     tail = max(triton.next_power_of_2(columns % BLOCK), vec)
     return {"V": columns, "BLOCK": BLOCK, "TAIL": tail, "VEC": vec, "num_warps": WARPS}
+
+
+def _bwd_tiles(rows: Tensor) -> dict[str, int]:
+    """The same of the backward; as many warps as a tile has 16 bytes for each thread."""
+    columns, vec = rows.shape[1], 16 // rows.element_size()
+    block = min(BLOCK, max(triton.next_power_of_2(columns), 32 * vec))
+    warps = min(block // (32 * vec), WARPS)
+    return {"N": columns, "BLOCK": block, "VEC": vec, "num_warps": warps}
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -379,44 +466,73 @@ def cross_entropy(logits: Tensor, targets: Tensor, scale: float | None = None) -
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Every vocabulary of the suite (50304 up to 2.8B, 50432 at 6.9B, 50688 at 12B), and shards."""
+    """Every vocabulary of the suite and shards of the largest; the backward also scales the (M, h)
+    and (V, h) gradients of `linear_cross_entropy`."""
     for dtype in ("bf16", "fp16"):
-        for size, columns in (("70m", 50304), ("6.9b", 50432), ("12b", 50688)):
+        for size, columns in VOCABULARIES:
             row = {"logits": f"*{dtype}", "targets": "*i64", "losses": "*fp32"}
             row |= {"M": "i32", "stride": "i32", "scale": "fp32"}
             for what, grad in (("forward with gradient", True), ("forward", False)):
                 name = f"{size} {what} {dtype}"
-                yield _case(name, _cross_entropy_fwd_kernel, row, dtype, columns, {"GRAD": grad})
+                sweeps = "ld ld st" if grad else "ld"
+                more = {"GRAD": grad}
+                yield _case(name, _cross_entropy_fwd_kernel, row, dtype, columns, sweeps, more)
         for size, columns in (("6.9b/2", 25216), ("12b/2", 25344), ("12b/4", 12672)):
             row = {"logits": f"*{dtype}", "targets": "*i64"}
             rest = {"M": "i32", "stride": "i32", "vocab_start": "i32"}
             stats = row | dict.fromkeys(("row_max", "row_sum", "row_target"), "*fp32") | rest
             name = f"{size} shard statistics {dtype}"
-            yield _case(name, _cross_entropy_stats_kernel, stats, dtype, columns)
+            yield _case(name, _cross_entropy_stats_kernel, stats, dtype, columns, "ld")
             grad = row | {"lse": "*fp32"} | rest | {"scale": "fp32"}
             name = f"{size} shard gradient {dtype}"
-            yield _case(name, _cross_entropy_grad_kernel, grad, dtype, columns)
+            yield _case(name, _cross_entropy_grad_kernel, grad, dtype, columns, "ld st")
         row = {"dlogits": f"*{dtype}", "dloss": "*fp32", "M": "i32", "stride": "i32"}
-        constexprs = {"N": 50304, "BLOCK": BLOCK, "VEC": 8}
-        yield AotCase(
-            name=f"70m backward {dtype}",
-            kernel=_cross_entropy_bwd_kernel,
-            signature=row | dict.fromkeys(constexprs, "constexpr"),
-            constexprs=constexprs,
-            num_warps=WARPS,
-            num_stages=1,
-            wide=("dlogits",),
-        )
+        widths = [(f"{size} backward", columns) for size, columns in VOCABULARIES]
+        widths += [(f"{size} backward of the head", h) for size, h in SUITE.items()]
+        for what, columns in widths:
+            constexprs = _bwd_tiles(torch.empty(0, columns, dtype=_DTYPES[dtype]))
+            warps = constexprs.pop("num_warps")
+            yield AotCase(
+                name=f"{what} {dtype}",
+                kernel=_cross_entropy_bwd_kernel,
+                signature=row | dict.fromkeys(constexprs, "constexpr"),
+                constexprs=constexprs,
+                num_warps=warps,
+                wide=("dlogits",),
+                per_sm=ROWS_PER_SM * WARPS // warps,
+            )
+    shards = dict.fromkeys(("row_max", "row_sum", "row_target", "losses", "lse"), "*fp32")
+    yield AotCase(
+        name="combination of shards",
+        kernel=_cross_entropy_combine_kernel,
+        signature=shards
+        | dict.fromkeys(("S", "M", "stride_max", "stride_sum", "stride_target"), "i32")
+        | {"scale": "fp32", "BLOCK": "constexpr"},
+        constexprs={"BLOCK": BLOCK_COMBINE},
+        num_warps=4,
+        wide=tuple(shards),
+        not_aligned=("S",),
+    )
 
 
-def _case(name, kernel, arguments, dtype, columns, more=None) -> AotCase:
-    """The tail and the target are narrow accesses beside the 128-bit ones of the full tiles."""
+def _case(name, kernel, arguments, dtype, columns, sweeps: str, more=None) -> AotCase:
+    """sweeps: over the row, "ld" or "st"; a tail of few elements a thread and the target (read
+    once, and written once with the gradient) are narrow beside the full tiles."""
     constexprs = _tiles(torch.empty(0, columns, dtype=_DTYPES[dtype])) | (more or {})
     warps = constexprs.pop("num_warps")
-    signature = arguments | dict.fromkeys(constexprs, "constexpr")
-    # sm_100: one address spilled, outside the loops
+    narrow = Counter(f"{kind}16" for kind in set(sweeps.split()))
+    if columns % BLOCK and constexprs["TAIL"] < 8 * 32 * warps:
+        narrow.update(f"{kind}{constexprs['TAIL'] // (2 * warps)}" for kind in sweeps.split())
     return AotCase(
-        name, kernel, signature, constexprs, num_warps=warps, num_stages=1, spill_budget=8
+        name=name,
+        kernel=kernel,
+        signature=arguments | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=constexprs,
+        num_warps=warps,
+        wide=("logits",),
+        narrow={"logits": narrow},
+        per_sm=ROWS_PER_SM,
+        spill_budget=8,  # sm_100: one address, outside the loops
     )
 
 

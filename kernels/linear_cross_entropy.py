@@ -61,7 +61,7 @@ def linear_cross_entropy_fwd(
     for start in range(0, rows, step or 1):
         chunk = slice(start, min(start + step, rows))
         logits = torch.mm(x[chunk], weight.t(), out=buffer[: chunk.stop - start])
-        losses[chunk] = cross_entropy_fwd(logits, targets[chunk], scale, write_grad=any(needs))
+        cross_entropy_fwd(logits, targets[chunk], scale, any(needs), losses[chunk])
         if dx is not None:
             torch.mm(logits, weight, out=dx[chunk])
         if dw is not None:

@@ -179,9 +179,8 @@ def cross_entropy_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What one vocabulary shard adds: per row (max, Σexp(logit − max), target's logit), fp32.
 
-    logits (M, V/p) are columns [vocab_start, vocab_start + V/p); a row whose target lies elsewhere
-    contributes a target logit of 0. Shards combine by
-    m = max mᵢ, s = Σ sᵢ·exp(mᵢ − m), loss = m + log s − Σ tᵢ.
+    logits (M, V/p) are columns [vocab_start, vocab_start + V/p); the target's logit is NaN in a row
+    whose target lies elsewhere. `cross_entropy_combine` makes the loss of all shards' numbers.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     local = targets - vocab_start
@@ -189,8 +188,28 @@ def cross_entropy_stats(
     m = wide.amax(dim=1)
     s = (wide - m[:, None]).exp().sum(dim=1)
     index = torch.where(here, local, torch.zeros_like(local))[:, None]
-    target = torch.where(here, wide.gather(1, index)[:, 0], torch.zeros_like(m))
+    target = torch.where(here, wide.gather(1, index)[:, 0], torch.full_like(m, torch.nan))
     return m, s, target
+
+
+def cross_entropy_combine(
+    row_max: Tensor, row_sum: Tensor, row_target: Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """scale · loss of each row, and its log-sum-exp over the whole vocabulary, (M,) fp32 each.
+
+        m = max mᵢ    s = Σ sᵢ·exp(mᵢ − m)    lse = m + log s    loss = (m − t) + log s
+
+    row_max, row_sum, row_target (p, M) fp32: what `cross_entropy_stats` gave on each of p shards, t
+    the one target logit that is not NaN. Where no shard has it, the id is outside of the vocabulary
+    (or a shard is missing): both results are NaN, and by lse the gradient of `cross_entropy_grad_`.
+    """
+    m = row_max.amax(dim=0)
+    log_s = (row_sum * (row_max - m).exp()).sum(dim=0).log()
+    here = ~row_target.isnan()
+    target = torch.where(here, row_target, torch.zeros_like(row_target)).sum(dim=0)
+    target = torch.where(here.any(dim=0), target, torch.full_like(m, torch.nan))
+    lse = torch.where(here.any(dim=0), m + log_s, torch.full_like(m, torch.nan))
+    return scale * ((m - target) + log_s), lse
 
 
 def cross_entropy_grad_(
@@ -198,7 +217,7 @@ def cross_entropy_grad_(
 ) -> Tensor:
     """logits ← scale · (exp(logits − lse) − onehot(target)), in place; returns logits.
 
-    logits (M, V/p) as in `cross_entropy_stats`; lse (M,) fp32, the log-sum-exp over all shards.
+    logits (M, V/p) as in `cross_entropy_stats`; lse (M,) fp32 as `cross_entropy_combine` gives it.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     local = targets - vocab_start

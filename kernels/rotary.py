@@ -12,7 +12,9 @@ table entry it loads serves 2·BLOCK_H rotations.
 
 Bytes for 16-bit elements (e = 2), tables left out: 2R read and 2R written of each head's 3D, so
 4·e·R·B·T·H = e·B·T·h with R = D/4. Memory moves in sectors of 32 bytes, which R·e fills at
-D = 64, 128 and 256; it is 16 of 32 bytes at D = 32 and 40 of 64 at D = 80. 6 FLOPs a pair: bound by
+D = 64, 128 and 256; it is 16 of 32 bytes at D = 32 and 40 of 64 at D = 80. A thread has 4
+independent 16-byte loads of qkv at those (12 programs an SM by the sm_90 report: 96 KB in flight),
+8 of 8 bytes at D = 32, 32 of 4 at D = 80. 6 FLOPs a pair: bound by
 memory bandwidth. `rotate_pairs` and `load_rotated` put the same sum inside another kernel, where it
 moves nothing.
 
@@ -37,6 +39,8 @@ from pythia_fast.kernels.checks import check
 TILE_SIZE = {4: 1024, 8: 1024, 10: 2048, 16: 1024, 32: 1024}
 WARPS = 4
 MAX_BLOCK_H = 8
+# by R/2: accesses where 64 and 32 bits are all that is contiguous and aligned, as compiled
+NARROW = {4: {"ld64": 8, "st64": 8}, 10: {"ld32": 32, "st32": 32}}
 MAX_BATCH = 65535  # CUDA's limit of a grid's third axis
 
 # (heads, head dim) of the suite, for ahead-of-time compilation
@@ -248,7 +252,7 @@ def aot_cases() -> Iterator[AotCase]:
                     constexprs=constexprs,
                     num_warps=WARPS,
                     num_stages=3,
-                    # R/2 = 4 and 10 elements: 64 and 32 bits are all that is contiguous and aligned
-                    wide=("qkv",) if half % 8 == 0 else (),
+                    wide=("qkv",) if half not in NARROW else (),
+                    narrow={"qkv": NARROW[half]} if half in NARROW else {},
                     not_aligned=("T",) if half % 16 == 0 else ("T", "stride_cos", "stride_sin"),
                 )

@@ -37,6 +37,9 @@ SUITE = {
 }
 
 
+WRITTEN = ("y", "y1", "y2", "dx")  # the (M, h) arguments that the row-wise kernels only store
+
+
 @dataclass(frozen=True)
 class Tile:
     """How a kernel walks (M, h): the rows a program holds at once, and its warps."""
@@ -44,7 +47,7 @@ class Tile:
     rows: int
     warps: int
     stages: int = 1  # of a walk: stages − 1 tiles are fetched ahead by cp.async; 1 = plain loads
-    per_sm: int = 1  # of a walk: programs per SM
+    per_sm: int = 1  # of a walk: programs per SM, no more than it can hold (one wave)
 
 
 def tile_for(table: dict[int, Tile], h: int) -> Tile:
@@ -52,6 +55,7 @@ def tile_for(table: dict[int, Tile], h: int) -> Tile:
     return table[min((n for n in table if n >= h), default=max(table))]
 
 
+@lru_cache
 def column_blocks(columns: int) -> tuple[int, ...]:
     """Widths of the blocks of one row: the largest power of two, then the rest rounded up."""
     main = 1 << (columns.bit_length() - 1)
@@ -240,7 +244,7 @@ def aot_cases() -> Iterator[AotCase]:
             | {"BLOCK_P": "constexpr", "BLOCK_N": "constexpr"},
             constexprs={"BLOCK_P": 64, "BLOCK_N": 32},
             num_warps=4,
-            num_stages=3,
+            wide=("partials",),
             not_aligned=("P",),
         )
 
@@ -254,7 +258,16 @@ def row_case(
     absent: tuple[str, ...] = (),
     **constexprs: object,
 ) -> AotCase:
-    """A launch of a row-wise kernel whose case name ends with its dtype; absent: None arguments."""
+    """A launch of a row-wise kernel whose case name ends with its dtype; absent: None arguments.
+
+    wide: its (M, h) tensors. All accesses are 128 bits a thread but those of a second block that
+    has only 64 bits for each (4 elements: 8 would double the registers of a walk).
+    """
+    wide = tuple(n for n in wide if n not in absent)
+    stages = tile.stages if "STAGES" in kernel.arg_names else 1  # each stage repeats the loads
+    narrow = {}
+    if column_blocks(h)[1:] == (128 * tile.warps // tile.rows,):
+        narrow = {n: {"st64": 1} if n in WRITTEN else {"ld64": stages} for n in wide}
     values = {"H": h, "ROWS": tile.rows, "WIDTHS": column_blocks(h), "STAGES": tile.stages}
     values |= constexprs | dict.fromkeys(absent)
     values = {n: values[n] for n in kernel.arg_names if n in values}
@@ -267,7 +280,8 @@ def row_case(
         signature={n: types.get(n, f"*{name.split()[-1]}") for n in kernel.arg_names},
         constexprs=values,
         num_warps=tile.warps,
-        num_stages=3,
-        wide=tuple(n for n in wide if n not in absent),
+        wide=wide,
+        narrow=narrow,
+        per_sm=tile.per_sm,
         not_aligned=("M",),
     )

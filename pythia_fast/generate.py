@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pythia_fast import checkpoint
@@ -19,6 +18,7 @@ from pythia_fast.data.build import END_OF_TEXT, load_tokenizer
 from pythia_fast.errors import InputError
 from pythia_fast.kernels import reference
 from pythia_fast.model import Attend, Pythia, materialise
+from pythia_fast.ops import select
 
 
 class Cache:
@@ -29,7 +29,7 @@ class Cache:
         c, weight = model.config, model.embed_out.weight
         shape = (c.layers, len(padding), c.heads, length, c.head_dim)
         self._keys, self._values = torch.zeros(2, *shape, dtype=weight.dtype, device=weight.device)
-        self._padding = padding
+        self._decode, self._padding = model.ops.attention_decode, padding
         self._cos, self._sin = model.rotary_tables(length, weight.device)
         self.filled = 0
 
@@ -40,19 +40,15 @@ class Cache:
         at = torch.arange(start, end, device=self._padding.device)
         own = (at[None, :] - self._padding[:, None]).clamp(min=0)  # (B, count) in each prompt
         cos, sin = self._cos[own].flatten(0, 1), self._sin[own].flatten(0, 1)
-        seen = torch.arange(end, device=at.device)
-        mask = (seen <= at[:, None]) & (seen >= self._padding[:, None, None])  # (B, count, end)
-        mask = mask | (seen == at[:, None])  # a padding position attends to itself, never to none
+        first = self._padding.int()
 
         def attend_layer(keys: Tensor, values: Tensor) -> Attend:
             def attend(qkv: Tensor) -> Tensor:
                 rotated = reference.rotary(qkv.flatten(0, 1)[None], cos, sin).view_as(qkv)
-                q, k, v = (t.transpose(1, 2) for t in rotated.chunk(3, dim=-1))
-                keys[:, :, start:end], values[:, :, start:end] = k, v
-                ctx = F.scaled_dot_product_attention(
-                    q, keys[:, :, :end], values[:, :, :end], attn_mask=mask[:, None]
-                )
-                return ctx.transpose(1, 2).flatten(-2)
+                q, k, v = rotated.chunk(3, dim=-1)  # (B, count, H, D)
+                keys[:, :, start:end] = k.transpose(1, 2)
+                values[:, :, start:end] = v.transpose(1, 2)
+                return self._decode(q, keys, values, end, first)
 
             return attend
 
@@ -101,8 +97,8 @@ def generate(
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> Pythia:
     """The model of a checkpoint folder, on the GPU where there is one."""
-    model = Pythia(checkpoint.config_of(path).model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = Pythia(checkpoint.config_of(path).model, select("auto", device))
     tensors = checkpoint.load_all(path, prefix="model.")
     materialise(model, device, dtype)
     with torch.no_grad():

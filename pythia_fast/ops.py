@@ -20,6 +20,7 @@ from pythia_fast.kernels import reference
 class Ops:
     name: str
     attention: Callable[..., Tensor]
+    attention_decode: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
     dual_layer_norm: Callable[..., tuple[Tensor, Tensor, Tensor]]
     parallel_residual: Callable[..., Tensor]
@@ -32,6 +33,7 @@ class Ops:
 REFERENCE = Ops(
     name="reference",
     attention=reference.attention,
+    attention_decode=reference.attention_decode,
     layer_norm=reference.layer_norm,
     dual_layer_norm=reference.dual_layer_norm,
     parallel_residual=reference.parallel_residual,
@@ -42,8 +44,11 @@ REFERENCE = Ops(
 )
 
 
-def select(backend: str, device: torch.device) -> Ops:
-    """backend: "auto" (triton on a GPU, reference elsewhere), "triton" or "reference"."""
+def select(backend: str, device: torch.device, deterministic: bool = True) -> Ops:
+    """backend: "auto" (triton on a GPU, reference elsewhere), "triton" or "reference".
+
+    deterministic: gradients repeat bit for bit; else attention takes what measured fastest.
+    """
     if backend == "reference" or (backend == "auto" and device.type != "cuda"):
         return REFERENCE
     from pythia_fast.kernels import checks  # triton, which not every platform has
@@ -52,18 +57,17 @@ def select(backend: str, device: torch.device) -> Ops:
         raise InputError(
             "kernels.backend = 'triton' needs a GPU (or TRITON_INTERPRET=1, slow, for tests)"
         )
-    return _triton()
+    return _triton(device, deterministic)
 
 
-def _triton() -> Ops:
-    from pythia_fast.kernels import adam, cross_entropy, gelu, layer_norm, parallel_residual, rotary
-
-    def attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return reference.attention(rotary.rotary(qkv, cos, sin))
+def _triton(device: torch.device, deterministic: bool) -> Ops:
+    from pythia_fast import attention
+    from pythia_fast.kernels import adam, cross_entropy, gelu, layer_norm, parallel_residual
 
     return Ops(
         name="triton",
-        attention=attention,
+        attention=attention.select(device, deterministic),
+        attention_decode=attention.decode,
         layer_norm=layer_norm.layer_norm,
         dual_layer_norm=layer_norm.dual_layer_norm,
         parallel_residual=parallel_residual.parallel_residual,

@@ -9,9 +9,11 @@ import pytest
 import tiny_run
 import torch
 
-from pythia_fast.config import load
+from pythia_fast.config import Model, load
 from pythia_fast.errors import InputError
-from pythia_fast.kernels import checks
+from pythia_fast.generate import generate
+from pythia_fast.kernels import attention, checks
+from pythia_fast.model import Pythia, initialise, materialise
 from pythia_fast.ops import REFERENCE, select
 from pythia_fast.train import train
 
@@ -21,15 +23,22 @@ interpreted = pytest.mark.skipif(
 
 
 @interpreted
-def test_losses_and_norms_equal_the_reference_within_fp32_rounding(tmp_path: Path) -> None:
-    """Four steps of two microbatches, a validation, and a resume in the middle."""
+@pytest.mark.parametrize("hidden", [64, 160])
+def test_losses_and_norms_equal_the_reference_within_fp32_rounding(
+    hidden: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps of two microbatches and a validation; two heads of 32 or 80 dims."""
+    launched = []
+    backward = attention.attention_bwd
+    monkeypatch.setattr(attention, "attention_bwd", lambda *a: launched.append(1) or backward(*a))
     page = tiny_run.make_page(tmp_path)
-    flags = ["--train.steps", "4", "--train.valid_every", "4"]
+    flags = ["--train.steps", "4", "--train.valid_every", "4", "--model.hidden", str(hidden)]
     for backend in ("reference", "triton"):
         train(load(page, [*flags, "--kernels.backend", backend]), tmp_path / backend)
     expected, ours = (
         tiny_run.rows(tmp_path / backend / "metrics.jsonl") for backend in ("reference", "triton")
     )
+    assert len(launched) == 4 * 2 * 2  # steps, microbatches, layers
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose(
             [row[key] for row in ours], [row[key] for row in expected], rtol=2e-6, err_msg=key
@@ -46,3 +55,16 @@ def test_select_says_what_triton_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "INTERPRETED", False)
     with pytest.raises(InputError, match="needs a GPU"):
         select("triton", cpu)
+
+
+@interpreted
+def test_generation_decodes_by_the_kernel_to_the_same_tokens() -> None:
+    """Prompts of 3 and 20 positions: the second is beyond the kernel's 16, its steps are not."""
+    rows = {}
+    for backend in ("reference", "triton"):
+        c = Model(layers=2, hidden=64, heads=2, vocab_size=50)
+        model = Pythia(c, select(backend, torch.device("cpu")))
+        materialise(model, "cpu", torch.float32)
+        initialise(model, seed=1)
+        rows[backend] = generate(model, [[3, 4, 5], list(range(20))], 6, stop_id=None)
+    assert rows["triton"] == rows["reference"]

@@ -34,6 +34,8 @@ MUTANTS = [
     Mutant("list: every chunk is the first", FILE, "+ 1).to(tl.int64) * CHUNK", "+ 1).to(tl.int64) * 0"),
     Mutant("list: decay flag ignored", FILE, "weight_decay * tl.load(p_row + 6).to(tl.float32)", "weight_decay"),
     Mutant("list: tail tile left out", FILE, "tl.minimum(n - i_chunk, CHUNK).to(tl.int32), BLOCK", "tl.minimum(n - i_chunk, CHUNK).to(tl.int32) // BLOCK * BLOCK, BLOCK"),
+    Mutant("list: chunks counted over all tensors", FILE, "torch.arange(len(tensor)) - first", "torch.arange(len(tensor))"),
+    Mutant("list: one chunk of each tensor", FILE, "(sizes + CHUNK - 1) // CHUNK", "sizes.clamp(max=1)"),
     Mutant("norm: no square", FILE, "b_sum += b_g * b_g", "b_sum += b_g"),
     Mutant("norm: no root", FILE, "tl.sqrt_rn(b_sum)", "b_sum"),
     Mutant("norm: first tiles only", FILE, "n, i_stride)", "i_stride, i_stride)"),
@@ -115,6 +117,10 @@ def list_inputs(sizes: list[int]) -> tuple[list[list[Tensor]], list[bool]]:
     of_kind = [[torch.randn(1, n, device=DEVICE) for n in sizes] for _ in range(4)]
     of_kind[2] = [t.square() for t in of_kind[2]]
     return of_kind, [i % 2 == 0 for i in range(len(sizes))]
+
+
+def flatten(state: list[list[Tensor]]) -> list[Tensor]:
+    return [tensor for kind in state for tensor in kind]
 
 
 def check_list(module: ModuleType, weight_dtype: torch.dtype | None = torch.float16) -> None:
@@ -267,8 +273,63 @@ def test_full_tiles_of_the_list_are_128_bit() -> None:
     case = "adam: list, weights bf16"
     (row,) = aot.compile_all([kernels.__name__], ["sm_90"], only=case, workers=1)
     wide = kernels.BLOCK // (32 * kernels.WARPS * 4)  # accesses a thread and fp32 stream
+    assert row["violations"] == []
     assert row["accesses"]["?"]["ld128"] == 4 * wide
     assert row["accesses"]["?"]["st128"] == 3 * wide + wide // 2
+
+
+def test_kept_list_is_one_step_after_another() -> None:
+    """What a graph replays: the same table, other values at the same addresses."""
+    sizes = [40, 0, kernels.CHUNK + 3]
+    state, decays = list_inputs(sizes)
+    other = [[t.clone() for t in kind] for kind in state]
+    kept = kernels.AdamWList(None, *state, decays)
+    for t in range(1, 4):
+        scalars = (scalar(1e-2), scalar(t), scalar(0.5))
+        for mine, theirs in zip(state[3], other[3], strict=True):
+            mine.copy_(theirs.mul_(-0.7))
+        kept.step_(*scalars)
+        kernels.adamw_list_(None, *other, decays, *scalars)
+    assert all(map(torch.equal, flatten(state), flatten(other)))
+
+
+def test_chunks_of_every_tensor() -> None:
+    n = kernels.CHUNK
+    chunks = kernels._chunks(torch.tensor([1, n, n + 1, 3 * n, 5]))
+    assert chunks.dtype == torch.int32
+    assert chunks.tolist() == [[0, 0], [1, 0], [2, 0], [2, 1], [3, 0], [3, 1], [3, 2], [4, 0]]
+
+
+def test_table_is_not_made_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, decays = list_inputs([40, 7])
+    scalars = (scalar(1e-2), scalar(1), scalar(1))
+    kept = kernels.AdamWList(None, *state, decays)
+    before = state[0][0].clone()
+    monkeypatch.setattr(kernels, "_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="CUDA graph cannot capture; make an AdamWList before"):
+        kernels.adamw_list_(None, *state, decays, *scalars)
+    assert torch.equal(state[0][0], before)
+    kept.step_(*scalars)
+    assert not torch.equal(state[0][0], before)
+
+
+@pytest.mark.gpu
+def test_kept_list_in_a_cuda_graph() -> None:
+    state, decays = list_inputs([40, kernels.CHUNK + 3])
+    expected = [[t.clone() for t in kind] for kind in state]
+    lr, step, scale = scalar(1e-2), scalar(1), scalar(0.5)
+    kept = kernels.AdamWList(None, *state, decays)
+    kernels.adamw_list_(None, *([t.clone() for t in kind] for kind in state), decays, lr, step, scale)  # fmt: skip
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        with pytest.raises(RuntimeError, match="CUDA graph"):
+            kernels.adamw_list_(None, *state, decays, lr, step, scale)
+        kept.step_(lr, step, scale)
+    for t in (1, 2, 3):
+        step.fill_(t)
+        graph.replay()
+        kernels.adamw_list_(None, *expected, decays, lr, scalar(t), scale)
+    assert all(map(torch.equal, flatten(state), flatten(expected)))
 
 
 def test_flat_like_reference() -> None:
@@ -327,5 +388,7 @@ def test_bad_input_names_the_argument() -> None:
     with pytest.raises(TypeError, match=r"grads\[1\]: dtype"):
         lists = ([p, p], [m, m], [v, v], [g, g.bfloat16()])
         kernels.adamw_list_(None, *lists, [True, True], one, one, one)
+    with pytest.raises(ValueError, match="two share memory"):
+        kernels.adamw_list_(None, [p, p], [m, m], [v, v], [g, g], [True, True], one, one, one)
     with pytest.raises(ValueError, match=r"exp_avgs\[1\]: shape"):
         kernels.adamw_list_(None, [p, p], [m, m[:3]], [v, v], [g, g], [True, True], one, one, one)

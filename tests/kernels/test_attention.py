@@ -302,6 +302,25 @@ def test_turns_qkv_in_place_and_autograd_sees_it() -> None:
         y.sum().backward()
 
 
+def test_gradient_through_a_view_of_the_projection() -> None:
+    """As a model has it: a linear layer's output viewed as heads, then turned in place."""
+    x, weight = (normal(n, 96, dtype=torch.float32, scale=0.3) for n in (10, 384))
+    x = x.view(2, 5, 96)
+    _, grad, cos, sin = inputs(2, 5, 2, 64, torch.float32)
+
+    def run(op, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        packed = torch.nn.functional.linear(*leaves).unflatten(-1, (2, 192))
+        return torch.autograd.grad(op(packed, cos.to(dtype), sin.to(dtype)), leaves, grad.to(dtype))
+
+    pairs = zip(
+        run(kernels.attention, torch.float32),
+        run(reference.attention, torch.float64),
+        strict=True,
+    )
+    assert all((a - e).abs().max() <= 1e-5 * e.abs().max() for a, e in pairs)
+
+
 def test_without_tables_qkv_keeps_its_bits() -> None:
     qkv, grad, *_ = inputs(1, 9, 2, 64, torch.float32)
     leaf = qkv.clone().requires_grad_()

@@ -35,7 +35,7 @@ MUTANTS = [
     Mutant("every program sums all rows", FILE, "tl.range(i_p, ", "tl.range(0, "),
 ]  # fmt: skip
 
-SHAPES = [(1, 384), (63, 512), (65, 96), (100, 1000), (257, 128), (3, 3072), (2, 10240)]
+SHAPES = [(1, 384), (63, 512), (65, 96), (100, 1000), (257, 128), (3, 3072), (2, 4000), (2, 10240)]
 FORMS = ["tanh", "none"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import re
 import subprocess
@@ -11,19 +13,21 @@ from pathlib import Path
 from kernel_proof import REPOSITORY
 
 SCRIPT = Path("tests/support/launch_without_gpu.py")
+LAUNCHED = ("adam", "cross_entropy", "gelu", "layer_norm", "parallel_residual", "rotary", "rows")
 
 
-def launch(repository: Path) -> subprocess.CompletedProcess[str]:
+def launch(repository: Path, *options: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-S", "-c", _WITHOUT_EDITABLE, str(repository / SCRIPT), *sys.path],
+        [sys.executable, "-S", "-c", _WITHOUT_EDITABLE, str(repository / SCRIPT),
+         json.dumps(sys.path), *options],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
 
 
 # an editable install's import hook would find this checkout instead of the mutated copy
 _WITHOUT_EDITABLE = (
-    "import runpy, sys; sys.path[:] = sys.argv[2:]; sys.argv[:] = sys.argv[1:2];"
+    "import json, runpy, sys; sys.path[:] = json.loads(sys.argv.pop(2)); sys.argv.pop(0);"
     "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 
@@ -36,6 +40,20 @@ def test_every_launched_kernel_compiles_by_the_jit() -> None:
     for file in (REPOSITORY / "kernels").glob("*.py"):
         launched |= set(re.findall(r"^ +(\w+_kernel)\[", file.read_text(), re.M))
     assert compiled == launched
+
+
+def test_reported_cases_are_the_launches() -> None:
+    """Constants, warps and stages of `aot_cases` are those that the launchers give to the JIT."""
+    done = launch(REPOSITORY, "--record")
+    assert done.returncode == 0, done.stderr
+    launched = {json.dumps(json.loads(line), sort_keys=True) for line in done.stdout.splitlines()}
+    reported = set()
+    for name in LAUNCHED:
+        for case in importlib.import_module(f"pythia_fast.kernels.{name}").aot_cases():
+            row = {"kernel": case.kernel.__name__, "constexprs": case.constexprs}
+            row |= {"num_warps": case.num_warps, "num_stages": case.num_stages}
+            reported.add(json.dumps(row, sort_keys=True, default=str))
+    assert reported == launched
 
 
 def test_a_global_that_is_not_constant_is_refused(tmp_path: Path) -> None:

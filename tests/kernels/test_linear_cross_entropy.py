@@ -74,6 +74,13 @@ def test_loss_and_gradients(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows,h", [(257, 96), (5, 768), (65, 1000), (3, 2560)])
+@pytest.mark.usefixtures("poison")
+def test_hidden_sizes(rows: int, h: int, dtype: torch.dtype) -> None:
+    prove(kernels, *inputs(rows, h, 50, dtype), chunk_rows=64, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("poison")
 def test_a_pythia_vocabulary(dtype: torch.dtype) -> None:
     prove(kernels, *inputs(3, 16, 50304, dtype), chunk_rows=2, scale=1.0)

@@ -1,15 +1,17 @@
 """Runs every launcher through Triton's own JIT, up to the launch, on a machine without a GPU.
 
-    python tests/support/launch_without_gpu.py        (TRITON_INTERPRET unset)
+    python tests/support/launch_without_gpu.py [--record]       (TRITON_INTERPRET unset)
 
 What the interpreter and hand-written signatures skip happens here as on a GPU: argument binding by
 keyword, specialisation on 1 and on alignment, the check that globals are constant, compilation for
 sm_90. A driver that only names the target stands in for CUDA's. Prints a line a kernel; exit code 1
-when one is refused.
+when one is refused. --record compiles nothing and prints each launch at the sizes of the suite as a
+JSON line: kernel, constants, warps and stages.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections import Counter
@@ -62,19 +64,32 @@ def run(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords:
         refused.append(f"{self.__name__}: {type(error).__name__}: {reason}")
 
 
-JITFunction.run = run
+def record(self: JITFunction, *, grid: Any, warmup: bool, **keywords: Any) -> None:
+    """What an AotCase says of a launch."""
+    constant = {p.name for p in self.params if p.is_constexpr}
+    constexprs = {n: keywords[n] for n in self.arg_names if n in constant or keywords[n] is None}
+    row = {"kernel": self.__name__, "constexprs": constexprs}
+    row |= {"num_warps": keywords["num_warps"], "num_stages": keywords.get("num_stages", 3)}
+    print(json.dumps(row, default=str))
+
+
+RECORD = sys.argv[1:] == ["--record"]
+JITFunction.run = record if RECORD else run
 
 from pythia_fast.kernels import (  # noqa: E402
     adam,
     attention,
     attention_bwd,
+    attention_decode,
     checks,
     cross_entropy,
     gelu,
     layer_norm,
+    linear_cross_entropy,
     parallel_residual,
     rotary,
 )
+from pythia_fast.kernels import rows as suite_rows  # noqa: E402
 
 checks.INTERPRETED = True  # CPU tensors pass the launchers' checks
 BF16 = torch.bfloat16
@@ -82,31 +97,52 @@ BF16 = torch.bfloat16
 
 def rows(count: int, hidden: int) -> None:
     x, w = torch.randn(count, hidden).to(BF16), torch.randn(hidden).to(BF16)
+    layer_norm.layer_norm_fwd(x, ((w, w),), 1e-5)
     _, mean, rstd = layer_norm.layer_norm_fwd(x, ((w, w), (w, w)), 1e-5)
     layer_norm.layer_norm_bwd(x, x, (x, x), (w, w), mean, rstd, True)
+    layer_norm.layer_norm_bwd(x, x, (x, x), (w, w), mean, rstd)
     layer_norm.layer_norm_bwd(x, None, (x,), (w,), mean, rstd)
     parallel_residual.parallel_residual_fwd(x, x, x, w, w)
     parallel_residual.parallel_residual_fwd(x, x, x, w, w, ((w, w), (w, w)))
     parallel_residual.parallel_residual_bwd(x, BF16)
-    gelu.gelu_fwd(x, w)
-    gelu.gelu_bwd(x, w, x, "none")
+
+
+def mlp(count: int, width: int) -> None:
+    x, bias = torch.randn(count, width).to(BF16), torch.randn(width).to(BF16)
+    for form in gelu.APPROXIMATE:
+        gelu.gelu_fwd(x, bias, form)
+        gelu.gelu_bwd(x, bias, x, form)
 
 
 def losses(count: int, vocabulary: int) -> None:
     logits = torch.randn(count, vocabulary).to(BF16)
     targets = torch.zeros(count, dtype=torch.int64)
-    cross_entropy.cross_entropy_fwd(logits, targets, 1.0, True)
-    cross_entropy.cross_entropy_stats(logits, targets, 1)
-    cross_entropy.cross_entropy_grad_(logits, targets, torch.zeros(count), 1.0, 1)
+    for write_grad in (True, False):
+        cross_entropy.cross_entropy_fwd(logits, targets, 1.0, write_grad)
     cross_entropy.cross_entropy_bwd(logits, torch.ones(()))
 
 
-def optimizer(size: int) -> None:
+def head(count: int, hidden: int) -> None:
+    x, weight = torch.randn(count, hidden).to(BF16), torch.randn(50, hidden).to(BF16)
+    linear_cross_entropy.linear_cross_entropy_bwd(x, weight, torch.ones(()))
+
+
+def shards(count: int, vocabulary: int) -> None:
+    logits = torch.randn(count, vocabulary).to(BF16)
+    targets = torch.zeros(count, dtype=torch.int64)
+    stats = cross_entropy.cross_entropy_stats(logits, targets, 1)
+    for number in (1, 4):
+        cross_entropy.cross_entropy_combine(*(s.expand(number, -1) for s in stats))
+    cross_entropy.cross_entropy_grad_(logits, targets, torch.zeros(count), 1.0, 1)
+
+
+def optimizer(size: int, dtype: torch.dtype | None) -> None:
     one = torch.ones(1)
     state = [torch.zeros(size) for _ in range(4)]
-    adam.adamw_(torch.zeros(size, dtype=BF16), *state, 1, one, one, one)
-    adam.adamw_(None, *state, 0, one, one, one)
-    adam.adamw_list_(None, *[[tensor] for tensor in state], [True], one, one, one)
+    weight = None if dtype is None else torch.zeros(size, dtype=dtype)
+    weights = None if weight is None else [weight]
+    adam.adamw_(weight, *state, 1, one, one, one)
+    adam.adamw_list_(weights, *[[tensor] for tensor in state], [True], one, one, one)
     adam.grad_norm(state[0])
     adam.grad_norm(state[0].bfloat16())
 
@@ -125,14 +161,39 @@ def attend(length: int, heads: int, dim: int) -> None:
         ctx, lse = attention.attention_fwd(qkv, doc_start)
         attention_bwd.attention_bwd(qkv, ctx, lse, ctx, table, table, doc_start)
     attention_bwd.attention_bwd(qkv, ctx, lse, ctx, deterministic=False)
+    cache = torch.randn(1, heads, length, dim).to(BF16)
+    for first in (None, torch.zeros(1, dtype=torch.int32)):
+        attention_decode.attention_decode(qkv[:, -1:, :, :dim], cache, cache, length, first)
 
 
+def suite() -> None:
+    """Launches whose cases the ahead-of-time report lists, at every size."""
+    for hidden in suite_rows.SUITE.values():
+        rows(16, hidden)
+        mlp(16, 4 * hidden)
+        head(2, hidden)
+    for vocabulary in (50304, 50432, 50688):
+        losses(2, vocabulary)
+    for shard in (25216, 25344, 12672):
+        shards(2, shard)
+    for heads, dim in rotary.SUITE.values():
+        positions(1, 2, heads, dim)
+    for weight in (torch.float16, BF16, None):
+        optimizer(10000, weight)
+
+
+if RECORD:
+    suite()
+    sys.exit(0)
 for shape in ((1, 1), (3, 96), (16, 768)):
     rows(*shape)
+    mlp(*shape)
 for shape in ((1, 1), (5, 1000), (2, 50304)):
     losses(*shape)
+    shards(*shape)
 for size in (1, 10000):
-    optimizer(size)
+    optimizer(size, BF16)
+    optimizer(size, None)
 for sizes in ((1, 1, 1, 32), (2, 5, 3, 80)):
     positions(*sizes)
 for heads, dim in ((3, 80), (16, 256)):

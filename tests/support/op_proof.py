@@ -9,6 +9,8 @@ import torch
 from kernel_proof import assert_close
 from torch import Tensor
 
+from bench.bound import rounding_errors
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter gets bf16 wrong, so that dtype is for a GPU
 DTYPES = [
@@ -60,7 +62,11 @@ def prove(
     )
     for i, (a, s, e) in enumerate(zip(actual, same, exact, strict=True)):
         assert a.dtype == s.dtype, f"result {i}: {a.dtype}, expected {s.dtype}"
-        assert_close(a, s, e, f"result {i} of {len(cotangents)} outputs and {len(args)} gradients")
+        what = f"result {i} of {len(cotangents)} outputs and {len(args)} gradients"
+        assert_close(a, s, e, what)
+        if a.dtype != torch.float32:
+            found = rounding_errors(a, e)
+            assert found.within, f"{what}: more than fp32 rounded at the end: {found}"
 
 
 def far_rows(rows: Tensor) -> Tensor:
