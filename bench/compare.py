@@ -4,7 +4,8 @@
 
 For every case that both have timed: the ratio of the medians of all repetitions, with a 95 %
 interval from a bootstrap over processes and, within each, repetitions. Moved is what has 1 outside
-of its interval and changed by more than --least. Cases of one turn know no noise between processes.
+of its interval and changed by more than --least. Cases of one process know no noise between
+processes, and see more than there is on a busy machine; of a single repetition nothing is said.
 Exit codes: 0 nothing of ours is slower or no longer measured, 1 something is, 2 bad input.
 """
 
@@ -23,6 +24,7 @@ from bench.record import Row, newest, read
 from pythia_fast.errors import InputError
 
 RESAMPLES = 2000
+STILL = ("no", "unknown")
 INTERVAL = (2.5, 97.5)  # percentiles
 Samples = list[np.ndarray]  # milliseconds, one array a process
 
@@ -62,7 +64,11 @@ def compare(old: Sequence[Row], new: Sequence[Row], least: float) -> Iterator[Ro
             reason = now[-1].get("reason", "")
             yield row | {"moved": "lost" if worse else "new", "now": _status(now), "reason": reason}
         elif _status(now) == "ok" and _samples(was) and _samples(now):
-            ratio, low, high = ratio_interval(_samples(was), _samples(now))
+            samples = _samples(was), _samples(now)
+            ratio, low, high = ratio_interval(*samples)
+            if any(sum(map(len, side)) == 1 for side in samples):
+                yield row | {"moved": "unknown", "ratio": ratio, "low": None, "high": None}
+                continue
             beyond = not low <= 1 <= high and abs(ratio - 1) > least
             moved = ("slower" if ratio > 1 else "faster") if beyond else "no"
             yield row | {"moved": moved, "ratio": ratio, "low": low, "high": high}
@@ -113,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         if options.json:
             print(json.dumps(row))
-        elif row["moved"] != "no":
+        elif row["moved"] not in STILL:
             print(line(row))
-    moved = [row for row in rows if row["moved"] != "no"]
+    moved = [row for row in rows if row["moved"] not in STILL]
     print(f"{len(rows)} cases compared, {len(moved)} moved", file=sys.stderr)
     return 1 if any(r["moved"] in ("slower", "lost") and r["impl"] == "ours" for r in moved) else 0
 

@@ -105,6 +105,11 @@ def test_a_crash_that_lost_its_parts_is_lost(tmp_path: Path) -> None:
     assert (found["moved"], found["now"]) == ("lost", "timeout")
 
 
+def test_of_a_single_repetition_nothing_is_said() -> None:
+    (found,) = compare.compare([row("a", [1.0])], [row("a", [2.0])], 0.01)
+    assert found["moved"] == "unknown" and found["ratio"] == 2.0
+
+
 def test_only_ours_fails_the_guard(tmp_path: Path) -> None:
     old = write(tmp_path / "old.jsonl", [row("a", noisy(1, 1.0), impl="eager")])
     new = write(tmp_path / "new.jsonl", [row("a", noisy(2, 2.0), impl="eager")])
