@@ -36,8 +36,7 @@ aot: $(VENV)/.installed-dev
 	$(BIN)/python -m pythia_fast.kernels.aot
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m bench.bench_cpu
-	$(BIN)/python -m bench.bench_data
+	$(BIN)/python -m bench.suite
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("pythia-fast needs Python 3.11 or later") if sys.version_info < (3, 11) else None'

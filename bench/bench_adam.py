@@ -1,27 +1,33 @@
-"""AdamW over one flat buffer and the gradient norm, against torch's fused AdamW."""
+"""AdamW over flat buffers and lists, and the gradient norm, against torch's and apex's AdamW."""
 
 from __future__ import annotations
 
 import sys
 
-from bench.compare import Peer, main, peer
+import torch
+
+from bench.runner import Peer, main, peer
 
 LABELS = ("adamw_", "adamw_list_", "grad_norm")
+APEX_CHUNK = 2048 * 32  # elements a block, multi_tensor_applier's own
 
 
 def _torch_fused(module):
-    """torch's fused AdamW on the fp32 master, after a pass that clips and before one that casts."""
+    """torch's fused AdamW on the fp32 master, gradients scaled on the way, then a pass that casts.
+
+    Its interface divides by grad_scale (GradScaler's) and writes the result over the gradient.
+    """
 
     def adamw_(
         weight, master, exp_avg, exp_avg_sq, grad, decay_until, lr, step, grad_scale,
         betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
     ):  # fmt: skip
-        grad = grad * grad_scale
+        divisor, finite = grad_scale.reciprocal(), module.zeros_like(grad_scale)
         for part, decay in ((slice(decay_until), weight_decay), (slice(decay_until, None), 0.0)):
             states = ([t[part]] for t in (master, grad, exp_avg, exp_avg_sq))
             module._fused_adamw_(
-                *states, [], [step], lr=lr, beta1=betas[0], beta2=betas[1],
-                weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
+                *states, [], [step], lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=decay,
+                eps=eps, amsgrad=False, maximize=False, grad_scale=divisor, found_inf=finite,
             )  # fmt: skip
         if weight is not None:
             weight.copy_(master)
@@ -29,8 +35,52 @@ def _torch_fused(module):
     return adamw_
 
 
-PEERS: dict[str, dict[str, Peer]] = {"adamw_": {"torch-fused": peer("torch", _torch_fused)}}
+def _torch_fused_list(module):
+    """The same over lists of tensors."""
+
+    def adamw_list_(
+        weights, masters, exp_avgs, exp_avg_sqs, grads, decays, lr, step, grad_scale,
+        betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+    ):  # fmt: skip
+        divisor, finite = grad_scale.reciprocal(), module.zeros_like(grad_scale)
+        for decayed, decay in ((True, weight_decay), (False, 0.0)):
+            chosen = [i for i, d in enumerate(decays) if d == decayed]
+            states = ([t[i] for i in chosen] for t in (masters, grads, exp_avgs, exp_avg_sqs))
+            module._fused_adamw_(
+                *states, [], [step] * len(chosen), lr=lr, beta1=betas[0], beta2=betas[1],
+                weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
+                grad_scale=divisor, found_inf=finite,
+            )  # fmt: skip
+        if weights is not None:
+            module._foreach_copy_(weights, masters)
+
+    return adamw_list_
+
+
+def _apex(module):
+    """What apex's FusedAdam(capturable=True) launches on fp32 tensors, then a pass that casts."""
+
+    def adamw_(
+        weight, master, exp_avg, exp_avg_sq, grad, decay_until, lr, step, grad_scale,
+        betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+    ):  # fmt: skip
+        skip, count = step.new_zeros(1, dtype=torch.int32), step.int()
+        for part, decay in ((slice(decay_until), weight_decay), (slice(decay_until, None), 0.0)):
+            states = [[t[part]] for t in (grad, master, exp_avg, exp_avg_sq)]
+            module.multi_tensor_adam_capturable(
+                APEX_CHUNK, skip, states, lr, *betas, eps, count, 1, 1, decay, grad_scale
+            )
+        if weight is not None:
+            weight.copy_(master)
+
+    return adamw_
+
+
+PEERS: dict[str, dict[str, Peer]] = {
+    "adamw_": {"torch-fused": peer("torch", _torch_fused), "apex": peer("amp_C", _apex)},
+    "adamw_list_": {"torch-fused": peer("torch", _torch_fused_list)},
+}
 
 
 if __name__ == "__main__":
-    sys.exit(main(LABELS, PEERS))
+    sys.exit(main(LABELS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench.compare import Peer, main, peer
+from bench.runner import Peer, main, peer
 
 LABELS = (
     "cross_entropy", "cross_entropy_stats", "cross_entropy_combine", "cross_entropy_grad_",
@@ -26,13 +26,22 @@ def _quack(module):
     return cross_entropy
 
 
+def _flash_attn(module):
+    def cross_entropy(logits, targets, scale):
+        losses, _ = module.cross_entropy_loss(logits, targets, inplace_backward=True)
+        return losses.sum() * scale
+
+    return cross_entropy
+
+
 PEERS: dict[str, dict[str, Peer]] = {
     "cross_entropy": {
         "liger": peer("liger_kernel.transformers.functional", _liger),
         "quack": peer("quack.cross_entropy", _quack),
+        "flash-attn": peer("flash_attn.ops.triton.cross_entropy", _flash_attn),
     }
 }
 
 
 if __name__ == "__main__":
-    sys.exit(main(LABELS, PEERS))
+    sys.exit(main(LABELS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench.compare import main
+from bench.runner import main
 
 LABELS = ("gelu tanh", "gelu erf")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench.compare import Peer, main, peer
+from bench.runner import Peer, main, peer
 
 LABELS = ("layer_norm", "dual_layer_norm")
 
@@ -58,4 +58,4 @@ PEERS: dict[str, dict[str, Peer]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main(LABELS, PEERS))
+    sys.exit(main(LABELS))

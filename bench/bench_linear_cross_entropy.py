@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from bench.compare import Peer, main, peer
+from bench.runner import Peer, main, peer
 
 LABELS = ("linear_cross_entropy",)
 
@@ -41,4 +41,4 @@ PEERS: dict[str, dict[str, Peer]] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main(LABELS, PEERS))
+    sys.exit(main(LABELS))

@@ -1,10 +1,10 @@
-"""Partial rotary in place on packed qkv, against torch and QuACK."""
+"""Partial rotary in place on packed qkv, against torch, QuACK and flash-attn."""
 
 from __future__ import annotations
 
 import sys
 
-from bench.compare import Peer, main, peer
+from bench.runner import Peer, main, peer
 
 LABELS = ("rotary",)
 
@@ -21,8 +21,22 @@ def _quack(module):
     return rotary
 
 
-PEERS: dict[str, dict[str, Peer]] = {"rotary": {"quack": peer("quack.rotary", _quack)}}
+def _flash_attn(module):
+    """QuACK's interface, with tables of the input's dtype."""
+
+    def rotary(qkv, cos, sin):
+        return _quack(module)(qkv, cos.to(qkv.dtype), sin.to(qkv.dtype))
+
+    return rotary
+
+
+PEERS: dict[str, dict[str, Peer]] = {
+    "rotary": {
+        "quack": peer("quack.rotary", _quack),
+        "flash-attn": peer("flash_attn.layers.rotary", _flash_attn),
+    }
+}
 
 
 if __name__ == "__main__":
-    sys.exit(main(LABELS, PEERS))
+    sys.exit(main(LABELS))

@@ -280,7 +280,7 @@ def _flat(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
         "exp_avg": 0.1 * draw(s.flat, dtype=torch.float32),
         "exp_avg_sq": draw(s.flat, dtype=torch.float32).square_(),
         "grad": draw(s.flat, dtype=torch.float32),
-        "decay_until": s.flat * 2 // 3 + 1,
+        "decay_until": s.flat * 2 // 3 // 128 * 128,  # where optim.AdamW lets vectors begin
         "lr": one(1e-2),
         "step": one(7.0),
         "grad_scale": one(0.5),
@@ -448,6 +448,7 @@ OPS: tuple[Op, ...] = (
         key=lambda s: (s.flat,),
         # read master, m, v, gradient in fp32; write master, m, v in fp32 and the weight
         bytes_moved={"forward": lambda s, size: (7 * 4 + size) * s.flat},
+        consumed=("grad",),  # by torch's fused AdamW; ours leaves it
         written=("weight", "master", "exp_avg", "exp_avg_sq"),
     ),
     Op(
@@ -457,6 +458,7 @@ OPS: tuple[Op, ...] = (
         inputs=_list,
         key=lambda s: (s.flat,),
         bytes_moved={"forward": lambda s, size: (7 * 4 + size) * s.flat},
+        consumed=("grads",),  # as above
         written=("weights", "masters", "exp_avgs", "exp_avg_sqs"),
     ),
 )

@@ -32,7 +32,8 @@ import torch
 
 from bench.bound import worst_rounding
 from bench.cases import OPS, SIZES, Draw, Op, Shape, find, results, shape
-from bench.compare import DTYPES, worst
+from bench.record import Row, environment, stamp
+from bench.runner import DTYPES, worst
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BATCH, POSITIONS = 4, 2048
@@ -127,7 +128,7 @@ def plan(only: list[str] | None, interpret: bool) -> list[Task]:
 
 def run_task(task: Task, deadline: float, interpret: bool = False) -> list[dict[str, Any]]:
     """The rows of one task, from a child process that may die, hang or not be started."""
-    head = {"op": task.label, "size": task.shape.size, "tool": task.tool}
+    head: dict[str, Any] = {"op": task.label, "size": task.shape.size, "tool": task.tool}
     head["shape"] = list(find(task.label).key(task.shape))
     left = deadline - time.monotonic()
     if left <= 0:
@@ -216,8 +217,10 @@ def main(argv: list[str] | None = None) -> int:
     tasks = plan(options.only, options.interpret)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
+    fixed = environment()
     with options.out.open("a") as file:
-        for row in _all_rows(tasks, deadline, options.workers, options.interpret):
+        for found in _all_rows(tasks, deadline, options.workers, options.interpret):
+            row = _stamped(found, fixed)
             line = json.dumps(row)
             print(line, flush=True)
             file.write(line + "\n")
@@ -226,6 +229,12 @@ def main(argv: list[str] | None = None) -> int:
             counts[row["status"]] += 1
     print(", ".join(f"{n} {status}" for status, n in counts.most_common()), file=sys.stderr)
     return 0 if set(counts) <= {"ok", "not found"} else 1
+
+
+def _stamped(row: dict[str, Any], fixed: Row) -> Row:
+    """The row with the columns of every result file."""
+    words = ("check", row["op"], row["size"], row.get("dtype"), row["tool"])
+    return stamp({"case": " ".join(filter(None, words)), "bench": "check", **row}, fixed)
 
 
 def _names() -> list[str]:

@@ -1,208 +1,130 @@
-"""One benchmark: our kernel and its peers on the shapes of the suite, as JSON lines on stdout.
+"""What moved between two result files by more than the noise.
 
-Each `bench_<file>.py` names its ops and peers and calls `main`. A configuration is timed only after
-it has been checked against float64; one that fails is a row with "error" and exit code 1.
+    python -m bench.compare OLD.jsonl NEW.jsonl [--least 0.01] [--json]
+
+For every case that both have timed: the ratio of the medians of all repetitions, with a 95 %
+interval from a bootstrap over processes and, within each, repetitions. Moved is what has 1 outside
+of its interval and changed by more than --least. Cases of one process know no noise between
+processes, and see more than there is on a busy machine; of a single repetition nothing is said.
+Exit codes: 0 nothing of ours is slower or no longer measured, 1 something is, 2 bad input.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
-from bench import timing
-from bench.bound import Errors, errors
-from bench.cases import SIZES, Draw, Op, Shape, arguments, call, find, results, shape, upstream
+from bench.record import Row, newest, read
+from pythia_fast.errors import InputError
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DEFAULT_SIZES = ("70m", "160m", "410m", "1b", "2.8b", "6.9b", "12b")
-
-Peer = Callable[[], Callable[..., Any]]  # raises ImportError where its package is absent
-
-
-def peer(module: str, adapt: Callable[[Any], Callable[..., Any]]) -> Peer:
-    """A function of another package: adapt(imported module) has the kernel's own signature."""
-    return lambda: adapt(importlib.import_module(module))
+RESAMPLES = 2000
+STILL = ("no", "unknown")
+INTERVAL = (2.5, 97.5)  # percentiles
+Samples = list[np.ndarray]  # milliseconds, one array a process
 
 
-def worst(
-    actual: Mapping[str, torch.Tensor],
-    same: Mapping[str, torch.Tensor],
-    exact: Mapping[str, torch.Tensor],
-    op: Op,
-    dtype: torch.dtype,
-) -> tuple[str, Errors]:
-    """The result nearest to its bound (or beyond it), and its errors.
-
-    Where matrix products come first, fp32 results too are granted the slack of their inputs.
-    """
-    granted = dtype if op.flops else None
-    found = {}
-    for name, tensor in exact.items():
-        if actual[name].shape != tensor.shape:
-            raise AssertionError(f"{name}: shape {tuple(actual[name].shape)}")
-        found[name] = errors(actual[name], same[name], tensor, granted)
-    name = max(found, key=lambda n: _margin(found[n]))
-    return name, found[name]
+def ratio_interval(old: Samples, new: Samples, seed: int = 0) -> tuple[float, float, float]:
+    """median(new)/median(old) and its interval."""
+    random = np.random.default_rng(seed)
+    drawn = _medians(new, random) / _medians(old, random)
+    low, high = np.percentile(drawn, INTERVAL)
+    point = np.median(np.concatenate(new)) / np.median(np.concatenate(old))
+    return float(point), float(low), float(high)
 
 
-def _margin(e: Errors) -> float:
-    ratios = (e.largest / (e.largest_allowed or 1), e.norm / (e.norm_allowed or 1))
-    return max(float("inf") if r != r else r for r in ratios)  # a NaN is worst
+def _medians(samples: Samples, random: np.random.Generator) -> np.ndarray:
+    """(RESAMPLES,) medians, each of as many processes, each of as many repetitions as measured."""
+    if len(samples) == 1:
+        return np.median(random.choice(samples[0], (RESAMPLES, len(samples[0]))), axis=1)
+    found = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        processes = random.integers(len(samples), size=len(samples))
+        found[i] = np.median(
+            np.concatenate([random.choice(samples[p], len(samples[p])) for p in processes])
+        )
+    return found
 
 
-def main(
-    labels: tuple[str, ...],
-    peers: Mapping[str, Mapping[str, Peer]] | None = None,
-    argv: list[str] | None = None,
-    timer: timing.Timer | None = None,
-) -> int:
-    """The command of one benchmark file. peers: by label, then by implementation.
+def compare(old: Sequence[Row], new: Sequence[Row], least: float) -> Iterator[Row]:
+    """A row for each case and part of both, and for each that stopped being measured."""
+    before, after = _by_case(old), _by_case(new)
+    for key in before:
+        was, now = before[key], after.get(key) or after.get((key[0], ""))  # "": why it failed
+        row: dict[str, Any] = {"case": key[0], "part": key[1], "impl": was[-1].get("impl", "ours")}
+        if now is None:
+            continue  # another selection of cases
+        if _status(was) != _status(now):
+            worse = _status(was) == "ok"
+            reason = now[-1].get("reason", "")
+            yield row | {"moved": "lost" if worse else "new", "now": _status(now), "reason": reason}
+        elif _status(now) == "ok" and _samples(was) and _samples(now):
+            samples = _samples(was), _samples(now)
+            ratio, low, high = ratio_interval(*samples)
+            if any(sum(map(len, side)) == 1 for side in samples):
+                yield row | {"moved": "unknown", "ratio": ratio, "low": None, "high": None}
+                continue
+            beyond = not low <= 1 <= high and abs(ratio - 1) > least
+            moved = ("slower" if ratio > 1 else "faster") if beyond else "no"
+            yield row | {"moved": moved, "ratio": ratio, "low": low, "high": high}
 
-    timer: what stands in for CUDA events in a test on the CPU. Returns the exit code.
-    """
-    parser = argparse.ArgumentParser(description=f"Times {', '.join(labels)} against peers.")
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(DEFAULT_SIZES))
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    parser.add_argument("--batch", type=int, default=8, help="rows of a microbatch (default 8)")
-    parser.add_argument("--positions", type=int, default=2048, help="of a row (default 2048)")
-    parser.add_argument("--only", nargs="+", metavar="IMPL", help="e.g. ours eager compile liger")
-    parser.add_argument("--l2", choices=("cold", "warm"), default="cold")
+
+def _by_case(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in newest(rows):
+        found.setdefault((row["case"], row["part"]), []).append(row)
+    return found
+
+
+def _samples(rows: Sequence[Row]) -> Samples:
+    return [np.array(row["ms"]) for row in rows if "ms" in row]
+
+
+def _status(rows: Sequence[Row]) -> str:
+    """Of all turns together: ok where one is."""
+    return "ok" if any(r["status"] == "ok" for r in rows) else str(rows[-1]["status"])
+
+
+def line(row: Row) -> str:
+    name = " ".join(filter(None, (row["case"], row["part"])))
+    if "ratio" not in row:
+        return f"{row['moved']:7} {name}: {row['now']} {row['reason']}".rstrip()
+    return f"{row['moved']:7} {name}: x {row['ratio']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--least", type=float, default=0.01, help="share that counts (0.01)")
+    parser.add_argument("--json", action="store_true", help="a JSON line a case")
     options = parser.parse_args(argv)
-    if options.batch < 1 or options.positions < 1:
-        parser.error("--batch and --positions: at least 1")
-    if timer is None and not torch.cuda.is_available():
-        print("a benchmark needs a CUDA device; none is visible", file=sys.stderr)
+    try:
+        old, new = read(options.old), read(options.new)
+        if not _by_case(old).keys() & _by_case(new).keys():
+            raise InputError(f"{options.old} and {options.new} have no case in common")
+    except InputError as error:
+        print(f"bench.compare: {error}", file=sys.stderr)
         return 2
-    device = torch.device("cpu" if timer else "cuda")
-    run = Run(timer or timing.cuda_timer, DTYPES[options.dtype], options.l2, device)
-    failed = False
-    for label in labels:
-        op, done = find(label), set()
-        for size in options.sizes:
-            s = shape(size, options.batch, options.positions)
-            if op.key(s) in done:
-                continue
-            done.add(op.key(s))
-            for row in run.rows(op, s, (peers or {}).get(label, {}), options.only):
-                failed |= "error" in row
-                print(json.dumps(row), flush=True)
-    return 1 if failed else 0
+    devices = {str(row["device"]) for row in (*old, *new)}
+    if len(devices) > 1:
+        print(f"not one device: {'; '.join(sorted(devices))}", file=sys.stderr)
+    rows = list(compare(old, new, options.least))
+    for row in rows:
+        if options.json:
+            print(json.dumps(row))
+        elif row["moved"] not in STILL:
+            print(line(row))
+    moved = [row for row in rows if row["moved"] not in STILL]
+    print(f"{len(rows)} cases compared, {len(moved)} moved", file=sys.stderr)
+    return 1 if any(r["moved"] in ("slower", "lost") and r["impl"] == "ours" for r in moved) else 0
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Reset first: beyond eight shapes of one function torch.compile falls back to eager."""
-    torch.compiler.reset()
-    return torch.compile(function, dynamic=False)
-
-
-class Run:
-    """What all rows of one command share: timer, dtype, L2 policy, and the measured copy rate."""
-
-    def __init__(
-        self, timer: timing.Timer, dtype: torch.dtype, l2: str, device: torch.device
-    ) -> None:
-        self.timer, self.dtype, self.l2, self.device = timer, dtype, l2, device
-        self.fixed = timing.environment()
-        self.copy_gbps = timing.copy_rate(timer) if device.type == "cuda" else None
-
-    def rows(
-        self, op: Op, s: Shape, peers: Mapping[str, Peer], only: list[str] | None
-    ) -> Iterator[dict[str, Any]]:
-        """A row for each implementation and pass, "skipped" or "error" in the place of times."""
-        inputs = op.inputs(s, self.dtype, Draw(self.device))
-        same = results(op, op.reference, inputs, self.dtype)
-        exact = results(op, op.reference, inputs, self.dtype, torch.float64)
-        limit = self._limit(op, s)
-        implementations: dict[str, Peer] = {
-            "ours": lambda: op.kernel,
-            "eager": lambda: op.reference,
-            "compile": lambda: _compiled(op.reference),
-            **peers,
-        }
-        for name, load in implementations.items():
-            if only and name not in only:
-                continue
-            head = {"kernel": op.label, "impl": name, "dtype": str(self.dtype)[6:]} | {
-                "size": s.size, "shape": list(op.key(s)), "l2": self.l2, **self.fixed,
-            }  # fmt: skip
-            # only our own kernel must run and keep the bound; a peer's row says that it does not
-            verdict = "error" if name == "ours" else "skipped"
-            try:
-                function = load()
-                actual = results(op, function, inputs, self.dtype)
-                where, found = worst(actual, same, exact, op, self.dtype)
-                del actual
-            except Exception as error:  # a package that is absent, a shape that is refused
-                yield head | {verdict: f"{type(error).__name__}: {error}"}
-                continue
-            head |= {"max_err": found.largest, "allowed_err": found.largest_allowed}
-            if not found.within:
-                yield head | {verdict: f"{where}: {found} is beyond the bound"}
-                continue
-            for which in op.passes:
-                times = self._time(op, function, inputs, which)
-                yield head | self._figures(op, s, which, times, limit)
-
-    def _time(
-        self, op: Op, function: Callable[..., Any], inputs: dict[str, Any], which: str
-    ) -> timing.Times:
-        def forward() -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
-            values = arguments(op, inputs)
-            return call(op, function, values), [values[n] for n in op.differentiable]
-
-        def gradients(
-            outputs: tuple[torch.Tensor, ...], leaves: list[torch.Tensor], above: Any
-        ) -> None:
-            torch.autograd.grad(outputs, leaves, above)
-
-        if which == "backward":
-
-            def prepare() -> Any:
-                outputs, leaves = forward()
-                return outputs, leaves, upstream(op, outputs, self.dtype)
-
-            return self.timer(prepare, lambda state: gradients(*state), self.l2)
-
-        def passed() -> tuple[dict[str, Any], list[torch.Tensor]]:
-            """What a consumed argument needs is copied before the clock starts."""
-            values = arguments(op, inputs)
-            leaves = [values[n] for n in op.differentiable]
-            for name in set(op.consumed) & set(op.differentiable):
-                values[name] = values[name].clone()
-            return values, leaves
-
-        def run(state: tuple[dict[str, Any], list[torch.Tensor]]) -> None:
-            values, leaves = state
-            outputs = function(**values)
-            if which == "both":
-                torch.autograd.grad(outputs, leaves)
-
-        return self.timer(passed, run, self.l2)
-
-    def _limit(self, op: Op, s: Shape) -> float | None:
-        """TFLOP/s of the plain product of the same shape, in the same run."""
-        if not op.flops or self.device.type != "cuda":
-            return None
-        return timing.product_rate(s.rows, s.hidden, s.vocab, self.dtype, self.timer)
-
-    def _figures(
-        self, op: Op, s: Shape, which: str, times: timing.Times, limit: float | None
-    ) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "pass": which, "ms_p20": times.p20, "ms_p50": times.p50, "ms_p80": times.p80,
-            "tflops": None, "gbps": None, "frac_of_limit": None,
-            "copy_gbps": self.copy_gbps, "product_tflops": limit, **timing.device_state(),
-        }  # fmt: skip
-        if op.flops:
-            row["tflops"] = op.flops(s) / times.p50 / 1e9
-            row["frac_of_limit"] = limit and row["tflops"] / limit
-        else:
-            row["gbps"] = op.bytes_moved[which](s, self.dtype.itemsize) / times.p50 / 1e6
-            row["frac_of_limit"] = self.copy_gbps and row["gbps"] / self.copy_gbps
-        return row
+if __name__ == "__main__":
+    sys.exit(main())

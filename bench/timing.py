@@ -1,40 +1,34 @@
-"""Times on the GPU: CUDA events, medians, an explicit L2 policy, and the copy rate to compare with.
+"""Times on the GPU: CUDA events, every repetition kept, an explicit L2 policy.
 
 Each repetition prepares its inputs, evicts L2 (policy "cold"), holds the stream for a moment so
 that the host runs ahead of the GPU, and records two events around the call. What is timed is the
-GPU's work, not the launch.
+GPU's work, not the launch. L2 is evicted by reading: what preparation left dirty is written back
+before the clock starts, and the lines that take its place are clean, so that no write-back of
+ours is counted as the kernel's.
 """
 
 from __future__ import annotations
 
-import statistics
-import subprocess
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from bench.nvml import Sampler
+
 WARMUP = 5
 REPEATS = 50
-FLUSH_BYTES = 512 << 20  # ten times the 50 MB of an H200's L2
-COPY_BYTES = 2 << 30
+FLUSH_BYTES = 512 << 20  # eight times the 60 MB of an H200's L2
 HOLD_CYCLES = 1_000_000  # about half a millisecond
 
 
-@dataclass(frozen=True)
-class Times:
-    """20th, 50th and 80th percentile in milliseconds."""
+class Timed(NamedTuple):
+    """Milliseconds of each repetition, and the GPU's state while they ran (nvml.Sampler)."""
 
-    p20: float
-    p50: float
-    p80: float
-
-    @classmethod
-    def of(cls, milliseconds: list[float]) -> Times:
-        cuts = statistics.quantiles(milliseconds, n=10, method="inclusive")
-        return cls(cuts[1], statistics.median(milliseconds), cuts[7])
+    ms: list[float]
+    device: dict[str, Any]
 
 
 class Timer(Protocol):
@@ -42,87 +36,75 @@ class Timer(Protocol):
 
     def __call__(
         self, prepare: Callable[[], Any], call: Callable[[Any], Any], l2: str = "cold"
-    ) -> Times: ...
+    ) -> Timed: ...
 
 
-def cuda_timer(prepare: Callable[[], Any], call: Callable[[Any], Any], l2: str = "cold") -> Times:
+def cuda_timer(prepare: Callable[[], Any], call: Callable[[Any], Any], l2: str = "cold") -> Timed:
     """`Timer` with CUDA events: WARMUP calls, then REPEATS of them.
 
-    "cold" writes FLUSH_BYTES between preparation and call; "warm" leaves in L2 what preparation
-    put there, as a producer does.
+    "cold" reads FLUSH_BYTES between preparation and call; "warm" leaves in L2 what preparation put
+    there, as a producer does.
     """
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if l2 == "cold" else None
+    flush = torch.zeros(FLUSH_BYTES // 4, device="cuda") if l2 == "cold" else None
     milliseconds = []
-    for repeat in range(WARMUP + REPEATS):
-        state = prepare()
-        if flush is not None:
-            flush.zero_()
-        torch.cuda._sleep(HOLD_CYCLES)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call(state)
-        end.record()
-        end.synchronize()
-        if repeat >= WARMUP:
+    for _ in range(WARMUP):
+        call(prepare())
+    with Sampler() as sampler:
+        for _ in range(REPEATS):
+            state = prepare()
+            if flush is not None:
+                flush.amax()
+            torch.cuda._sleep(HOLD_CYCLES)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call(state)
+            end.record()
+            end.synchronize()
             milliseconds.append(start.elapsed_time(end))
-    return Times.of(milliseconds)
+    state = sampler.summary()
+    del state["energy_j"]  # most of it is preparation's
+    return Timed(milliseconds, state)
 
 
-def copy_rate(timer: Timer) -> float:
-    """GB/s of a device-to-device copy, bytes read plus bytes written."""
-    source = torch.randn(COPY_BYTES // 4, device="cuda").view(torch.uint8)
-    target = torch.empty_like(source)
-    times = timer(lambda: None, lambda _: target.copy_(source))
-    return 2 * COPY_BYTES / times.p50 / 1e6
+class StepClock(Protocol):
+    """Marks the ends of steps without holding up the device; `intervals` waits for it."""
+
+    def mark(self) -> None: ...
+
+    def intervals(self) -> list[float]:
+        """Milliseconds between successive marks; forgets them."""
 
 
-def product_rate(rows: int, inner: int, columns: int, dtype: torch.dtype, timer: Timer) -> float:
-    """TFLOP/s of torch's (rows, inner) x (inner, columns) on N(0, 1) data."""
-    left = torch.randn(rows, inner, device="cuda", dtype=dtype)
-    right = torch.randn(columns, inner, device="cuda", dtype=dtype)
-    times = timer(lambda: None, lambda _: torch.nn.functional.linear(left, right))
-    return 2 * rows * inner * columns / times.p50 / 1e9
+class WallClock:
+    """For the CPU."""
+
+    def __init__(self) -> None:
+        self._marks: list[float] = []
+
+    def mark(self) -> None:
+        self._marks.append(time.perf_counter())
+
+    def intervals(self) -> list[float]:
+        marks, self._marks = self._marks, []
+        return [1e3 * (b - a) for a, b in pairwise(marks)]
 
 
-def environment() -> dict[str, Any]:
-    """Versions and commit: the columns that are the same in every row of a run."""
-    import triton
+class CudaClock:
+    """CUDA events: the host queues the next step while the GPU is busy with this one."""
 
-    return {
-        "triton": triton.__version__,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "driver": _nvml(lambda n, _: n.nvmlSystemGetDriverVersion()),
-        "commit": _commit(),
-    }
+    def __init__(self) -> None:
+        self._marks: list[torch.cuda.Event] = []
 
+    def mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append(event)
 
-def device_state() -> dict[str, Any]:
-    """SM clock in MHz, power in W and temperature in °C now; None where NVML cannot say."""
-    return {
-        "clock_mhz": _nvml(lambda n, h: n.nvmlDeviceGetClockInfo(h, n.NVML_CLOCK_SM)),
-        "power_w": _nvml(lambda n, h: n.nvmlDeviceGetPowerUsage(h) / 1000),
-        "temp_c": _nvml(lambda n, h: n.nvmlDeviceGetTemperature(h, n.NVML_TEMPERATURE_GPU)),
-    }
+    def intervals(self) -> list[float]:
+        torch.cuda.synchronize()
+        marks, self._marks = self._marks, []
+        return [a.elapsed_time(b) for a, b in pairwise(marks)]
 
 
-def _nvml(read: Callable[[Any, Any], Any]) -> Any:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        return read(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
-    except Exception:  # no NVML, no device, no permission: the column stays empty
-        return None
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent, capture_output=True, text=True,
-        )  # fmt: skip
-    except OSError:  # no git here
-        return None
-    return done.stdout.strip() or None
+def step_clock(device: torch.device) -> StepClock:
+    return CudaClock() if device.type == "cuda" else WallClock()

@@ -245,6 +245,24 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if all(row["ok"] for row in rows if row["required"]) else 1
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from pythia_fast import plan
+    from pythia_fast.config import load
+
+    row = plan.plan(load(options.config, options.overrides), options.gpus, options.gpu)
+    _print(options, [row], plan.describe(row))
+
+
+def _bench(options: argparse.Namespace) -> int:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "suite.py").exists():
+        raise InputError("bench needs the repository: `pip install -e .` in a checkout")
+    sys.path.insert(0, str(root))
+    from bench.suite import run
+
+    return run(options.minutes, options.out, options.only, options.json, options.small)
+
+
 # --- printing and parsing -------------------------------------------------------------------------
 
 
@@ -383,6 +401,21 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     generate.add_argument("--seed", type=int, default=0, help="of sampling (0)")
     generate.add_argument("--tokenizer", type=Path, help="default: the run's own")
+
+    plan = _command(
+        commands, "plan", _plan, "memory, FLOPs and the bound of the speed, by arithmetic",
+        "pythia-fast plan configs/pythia-1.4b.toml --gpu H200", takes_config=True,
+    )  # fmt: skip
+    plan.add_argument("--gpus", type=int, default=1, help="1; layouts over more are not there yet")
+    plan.add_argument("--gpu", default="H200", help="H200 (default) or H100")
+    bench = _command(
+        commands, "bench", _bench, "kernels and training beside their peers, in one run",
+        "pythia-fast bench --minutes 9 --out runs/bench --only train",
+    )  # fmt: skip
+    bench.add_argument("--minutes", type=float, default=9.0, help="of all together (9)")
+    bench.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (runs/bench)")
+    bench.add_argument("--only", nargs="+", metavar="PART", help="e.g. baselines train layer_norm")
+    bench.add_argument("--small", action="store_true", help="a smoke test on the CPU, no timing")
 
     _command(
         commands, "doctor", _doctor, "what this machine can run, what is missing, how to get it",

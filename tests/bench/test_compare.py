@@ -1,128 +1,124 @@
-"""The benchmarks without a GPU: arguments, rows and arithmetic, by a timer that is not a clock."""
+"""The regression guard: a shift beyond the noise is found, noise is not, a lost case is said."""
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
-import torch
-from kernel_proof import REPOSITORY
+from kernel_proof import Mutant, assert_killed
 
-from bench import check, timing
-from bench.bench_adam import PEERS as ADAM_PEERS
-from bench.cases import OPS, Draw, Op, find, results
-from bench.compare import Run, main, peer, worst
-from pythia_fast.kernels import layer_norm, reference
-
-KERNEL_FILES = sorted({op.file for op in OPS})
-TINY = ["--sizes", "14m", "--batch", "1", "--positions", "3", "--dtype", "fp32"]
+compare = importlib.import_module("bench.compare")
+FILE = "bench/compare.py"
 
 
-def two_milliseconds(
-    prepare: Callable[[], Any], call: Callable[[Any], Any], l2: str = "cold"
-) -> timing.Times:
-    call(prepare())
-    return timing.Times(1.0, 2.0, 3.0)
+def row(case: str, ms: list[float] | None = None, **more: object) -> dict:
+    fixed = {"part": "", "bench": "kernel", "impl": "ours", "status": "ok", "device": "X"}
+    fixed |= {"case": case, "when": "2026-01-01T00:00:00+00:00"}
+    return fixed | ({} if ms is None else {"ms": ms}) | more
 
 
-def rows_of(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+def noisy(seed: int, centre: float, spread: float = 0.01) -> list[float]:
+    return list(centre * (1 + spread * np.random.default_rng(seed).standard_normal(50)))
 
 
-def test_row_of_each_pass(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [*TINY, "--only", "eager"]
-    assert main(("dual_layer_norm",), argv=argv, timer=two_milliseconds) == 0
-    forward, backward = rows_of(capsys)
-    assert (forward["pass"], backward["pass"]) == ("forward", "backward")
-    element = 3 * 128 * 4  # bytes of one (rows, h) tensor
-    assert forward["gbps"] == pytest.approx(3 * element / 2e-3 / 1e9)
-    assert backward["gbps"] == pytest.approx(5 * element / 2e-3 / 1e9)
-    columns = """kernel impl dtype size shape l2 pass ms_p20 ms_p50 ms_p80 tflops gbps frac_of_limit
-        max_err allowed_err clock_mhz power_w temp_c triton torch driver commit copy_gbps"""
-    assert set(columns.split()) <= set(forward)
-    assert (forward["impl"], forward["shape"], forward["l2"]) == ("eager", [1, 3, 128], "cold")
-    assert [forward[f"ms_{p}"] for p in ("p20", "p50", "p80")] == [1.0, 2.0, 3.0]
+def check(module: ModuleType) -> None:
+    """3 % slower and faster are seen over 1 % of noise; the same is not, nor is a shift below
+    --least; processes that differ among themselves are noise."""
+
+    def moved(old: list[list[float]], new: list[list[float]], least: float = 0.01) -> str:
+        def rows(turns: list[list[float]]) -> list[dict]:
+            return [row("a", ms, turn=n) for n, ms in enumerate(turns)]
+
+        (found,) = module.compare(rows(old), rows(new), least)
+        return str(found["moved"])
+
+    assert moved([noisy(1, 10.0)], [noisy(2, 10.3)]) == "slower"
+    assert moved([noisy(1, 10.3)], [noisy(2, 10.0)]) == "faster"
+    assert moved([noisy(1, 10.3)], [noisy(2, 10.0)], least=0.05) == "no"
+    seeds = range(10, 90, 2)
+    alarms = [moved([noisy(s, 10.0)], [noisy(s + 1, 10.0)], least=0.0) != "no" for s in seeds]
+    assert sum(alarms) <= 8  # of 40, at 5 % each
+    # two processes at 9.6 and 10.4 against two at 10.0 and 10.6: the processes differ as much
+    assert moved(
+        [noisy(1, 9.6, 1e-3), noisy(2, 10.4, 1e-3)], [noisy(3, 10.0, 1e-3), noisy(4, 10.6, 1e-3)]
+    ) == "no"  # fmt: skip
+    # ... and a shift of everything is one
+    assert moved(
+        [noisy(1, 9.6, 1e-3), noisy(2, 9.7, 1e-3)], [noisy(3, 10.5, 1e-3), noisy(4, 10.6, 1e-3)]
+    ) == "slower"  # fmt: skip
 
 
-def test_row_of_a_matrix_product(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [*TINY, "--only", "eager"]
-    assert main(("linear_cross_entropy",), argv=argv, timer=two_milliseconds) == 0
-    (row,) = rows_of(capsys)
-    assert row["pass"] == "both" and row["gbps"] is None
-    assert row["tflops"] == pytest.approx(6 * 3 * 128 * 50304 / 2e-3 / 1e12)
+MUTANTS = [
+    Mutant("no interval", FILE, "not low <= 1 <= high and ", ""),
+    Mutant("no least", FILE, " and abs(ratio - 1) > least", ""),
+    Mutant("upside down", FILE, '"slower" if ratio > 1', '"slower" if ratio < 1'),
+    Mutant(
+        "processes are not drawn", FILE,
+        "random.integers(len(samples), size=len(samples))", "range(len(samples))",
+    ),
+    Mutant("a narrow interval", FILE, "(2.5, 97.5)", "(40.0, 60.0)"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.label)
-def test_every_op_runs_through_its_passes(op: Op) -> None:
-    """With the reference in the kernel's place: consumed arguments, gradients, state."""
-    for dtype in (torch.float32, torch.float16):
-        run = Run(two_milliseconds, dtype, "cold", torch.device("cpu"))
-        rows = list(run.rows(op, check.TINY, {}, ["eager"]))
-        assert [row.get("pass") for row in rows] == list(op.passes), rows
+def test_compare() -> None:
+    check(compare)
 
 
-def test_wrong_kernel_is_not_timed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def wrong(x, weight, bias, eps=1e-5):  # type: ignore[no-untyped-def]
-        return reference.layer_norm(x, weight, bias, eps) * 1.01
-
-    monkeypatch.setattr(layer_norm, "layer_norm", wrong)
-    argv = [*TINY, "--only", "ours"]
-    assert main(("layer_norm",), argv=argv, timer=two_milliseconds) == 1
-    (row,) = rows_of(capsys)
-    assert "beyond the bound" in row["error"] and "ms_p50" not in row
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
+    assert_killed(mutant, check, tmp_path)
 
 
-def test_peers(capsys: pytest.CaptureFixture[str]) -> None:
-    """One that is absent and one that is wrong are skipped with a reason; a right one is timed."""
-    peers = {
-        "layer_norm": {
-            "absent": peer("no_such_package", lambda module: module.layer_norm),
-            "wrong": peer("math", lambda module: lambda x, weight, bias: 2 * x + weight + bias),
-            "right": peer("torch", lambda module: reference.layer_norm),
-        }
-    }
-    argv = [*TINY, "--only", "absent", "wrong", "right"]
-    assert main(("layer_norm",), peers, argv, two_milliseconds) == 0
-    absent, wrong, *right = rows_of(capsys)
-    assert "no_such_package" in absent["skipped"]
-    assert "beyond the bound" in wrong["skipped"]
-    assert [row["pass"] for row in right] == ["forward", "backward"]
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
 
 
-def test_equal_shapes_are_timed_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """1b and 1.4b have the same width."""
-    argv = ["--sizes", "1b", "1.4b", "--batch", "1", "--positions", "2", "--only", "eager"]
-    assert main(("layer_norm",), argv=[*argv, "--dtype", "fp32"], timer=two_milliseconds) == 0
-    assert {row["size"] for row in rows_of(capsys)} == {"1b"}
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = write(tmp_path / "old.jsonl", [
+        row("slow", noisy(1, 1.0)), row("same", noisy(3, 1.0)), row("peer", noisy(5, 1.0)),
+        row("gone", noisy(7, 1.0), part="forward"), row("broken", noisy(9, 1.0)),
+    ])  # fmt: skip
+    new = write(tmp_path / "new.jsonl", [
+        row("slow", noisy(2, 1.2)), row("same", noisy(4, 1.0)),
+        row("peer", noisy(6, 1.5), impl="eager"),
+        row("broken", None, status="crash", reason="SIGSEGV"),
+    ])  # fmt: skip
+    assert compare.main([str(old), str(new), "--json"]) == 1
+    out, err = capsys.readouterr()
+    found = {r["case"]: r["moved"] for r in map(json.loads, out.splitlines())}
+    assert found == {"slow": "slower", "same": "no", "peer": "slower", "broken": "lost"}
+    assert err == "4 cases compared, 3 moved\n"
+    assert compare.main([str(old), str(new)]) == 1
+    out = capsys.readouterr().out
+    assert "slower  slow: x 1.2" in out and "lost    broken: crash SIGSEGV" in out
+    assert "same" not in out
 
 
-@pytest.mark.parametrize("file", KERNEL_FILES)
-def test_benchmark_files(file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    module = importlib.import_module(f"bench.bench_{file}")
-    assert {op.label for op in OPS if op.file == file} == set(module.LABELS)
-    assert set(getattr(module, "PEERS", {})) <= set(module.LABELS)
-    assert (REPOSITORY / "bench" / f"bench_{file}.py").read_text().count("\n") < 70
-    if not torch.cuda.is_available():
-        assert main(module.LABELS, argv=[]) == 2
-        assert capsys.readouterr().err == "a benchmark needs a CUDA device; none is visible\n"
+def test_a_crash_that_lost_its_parts_is_lost(tmp_path: Path) -> None:
+    old = [row("a", [1.0] * 9, part="forward")]
+    (found,) = compare.compare(old, [row("a", status="timeout", reason="killed")], 0.01)
+    assert (found["moved"], found["now"]) == ("lost", "timeout")
 
 
-def test_torch_fused_adamw_is_the_reference() -> None:
-    """The one peer of the optimizer."""
-    op, dtype = find("adamw_"), torch.float16
-    inputs = op.inputs(check.TINY, dtype, Draw(torch.device("cpu")))
-    same = results(op, op.reference, inputs, dtype)
-    exact = results(op, op.reference, inputs, dtype, torch.float64)
-    fused = results(op, ADAM_PEERS["adamw_"]["torch-fused"](), inputs, dtype)
-    where, found = worst(fused, same, exact, op, dtype)
-    assert found.within, (where, found)
+def test_of_a_single_repetition_nothing_is_said() -> None:
+    (found,) = compare.compare([row("a", [1.0])], [row("a", [2.0])], 0.01)
+    assert found["moved"] == "unknown" and found["ratio"] == 2.0
 
 
-def test_percentiles() -> None:
-    times = timing.Times.of([float(n) for n in range(1, 102)])
-    assert (times.p20, times.p50, times.p80) == (21.0, 51.0, 81.0)
+def test_only_ours_fails_the_guard(tmp_path: Path) -> None:
+    old = write(tmp_path / "old.jsonl", [row("a", noisy(1, 1.0), impl="eager")])
+    new = write(tmp_path / "new.jsonl", [row("a", noisy(2, 2.0), impl="eager")])
+    assert compare.main([str(old), str(new)]) == 0
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = write(tmp_path / "a", [row("a", [1.0])]), write(tmp_path / "b", [row("b", [1.0])])
+    for pair, said in (((old, new), "no case in common"), ((old, tmp_path / "c"), "c")):
+        assert compare.main([str(p) for p in pair]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line

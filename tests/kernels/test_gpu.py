@@ -7,7 +7,7 @@ import torch
 
 from bench.cases import find
 from bench.check import Task, check_case, plan
-from bench.compare import DTYPES
+from bench.runner import DTYPES
 
 TASKS = [(task, dtype) for task in plan(None, False) if not task.tool for dtype in task.dtypes]
 

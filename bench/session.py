@@ -1,0 +1,125 @@
+"""Runs cases one after the other, writes their rows down, and shows where it stands."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from bench.processes import Case, run
+from bench.record import ResultFile, Row, environment, newest, stamp
+from pythia_fast.progress import say
+
+SHORTEST = 5.0  # seconds without which no case is begun
+REPEATED = frozenset({"crash", "timeout", "not run"})  # tried again by the next run
+
+
+class Session:
+    """The rows of one run on one device.
+
+    The rates of the baselines' sustained product and copy are kept; from then on every rate gets
+    its share of them in "frac_of_limit".
+    """
+
+    def __init__(self, json_lines: bool = False) -> None:
+        self.fixed = environment()
+        self.rows: list[Row] = []
+        self.failed = False  # our own code was wrong, crashed or did not end
+        self.limits: dict[str, float] = {}
+        self._file: ResultFile | None = None
+        self._json = json_lines
+
+    def attach(self, file: ResultFile, earlier: Sequence[Row]) -> None:
+        """Writes to `file` from now on, and takes over the rows in it that this commit measured
+        on this device; a tree with changes is never the same commit.
+        """
+        self._file = file
+        commit = self.fixed["commit"]
+        if commit is None or commit.endswith("-dirty"):
+            return
+        same = {"commit": commit, "device": self.fixed["device"]}
+        for row in newest(earlier):
+            if all(row.get(key) == value for key, value in same.items()):
+                self._learn(row)
+                self.rows.append(row)
+
+    def run(self, cases: Sequence[Case], seconds: float = float("inf")) -> None:
+        """Each case in its process until the time is over; the others become rows "not run"."""
+        end, minutes = time.monotonic() + seconds, f"{seconds / 60:.3g} minutes"
+        again = {_key(row) for row in self.rows if row["status"] in REPEATED}
+        done = {_key(row) for row in self.rows} - again
+        todo = [case for case in cases if _key({"case": case.name, **case.head}) not in done]
+        if len(todo) < len(cases):
+            known = len(cases) - len(todo)
+            say(f"{known} of {len(cases)} cases stand in the file from this commit")
+        for number, case in enumerate(todo, start=1):
+            left = end - time.monotonic()
+            if left < SHORTEST:
+                row = {"case": case.name, "part": "", **case.head}
+                self.add([row | _not_run(f"the suite's {minutes} were over")])
+                continue
+            say(f"[{number}/{len(todo)}] {case.name}")
+            rows = list(run(case, left))
+            if rows[-1]["status"] == "timeout" and left < case.limit_s:  # ours to blame, not its
+                rows[-1] |= _not_run(f"killed when the suite's {minutes} were over")
+            self.add(rows)
+
+    def add(self, rows: list[Row]) -> None:
+        """The rows of one case: whole or not at all, so that what stands in a file is complete."""
+        stamped = [stamp(row, self.fixed) for row in rows]
+        when = max((row["when"] for row in stamped), default=None)
+        for row in stamped:
+            row["when"] = when
+            self._learn(row)
+            row |= self._share(row)
+            self.failed |= row.get("impl", "ours") == "ours" and row["status"] in (
+                "wrong", "error", "crash", "timeout",
+            )  # fmt: skip
+            if self._file is not None:
+                self._file.append(row)
+            print(json.dumps(row) if self._json else line(row), flush=True)
+        self.rows += stamped
+
+    def _learn(self, row: Row) -> None:
+        if row["bench"] == "baseline" and row["status"] == "ok" and row.get("limit"):
+            self.limits[row["limit"]] = row[row["limit"]]
+
+    def _share(self, row: Row) -> dict[str, float]:
+        for unit, limit in self.limits.items():
+            if row.get(unit) is not None:
+                return {"frac_of_limit": row[unit] / limit}
+        return {}
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["case"], row.get("turn")
+
+
+def _not_run(reason: str) -> dict[str, str]:
+    return {"status": "not run", "reason": reason}
+
+
+UNITS = {
+    "ms_p50": "{:.4g} ms",
+    "tokens_per_s": "{:,.0f} tokens/s",
+    "rows_per_s": "{:,.0f} rows/s",
+    "tflops": "{:.4g} TFLOP/s",
+    "gbps": "{:.4g} GB/s",
+    "frac_of_limit": "{:.1%} of the limit",
+    "mfu_causal": "MFU {:.1%}",
+    "peak_gb": "{:.2f} GB at most",
+    "joule_per_token": "{:.3g} J/token",
+    "busy_ms": "{:.4g} ms busy with the profiler on",
+    "registers": "{} registers",
+}
+
+
+def line(row: Row) -> str:
+    """One row in words, every number with its unit."""
+    name = " ".join(filter(None, (row["case"], row.get("part", ""))))
+    if row["status"] != "ok":
+        return f"{name}: {row['status']}: {row.get('reason', '')}"
+    return f"{name}: " + ", ".join(
+        text.format(row[key]) for key, text in UNITS.items() if row.get(key) is not None
+    )

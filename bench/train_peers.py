@@ -1,0 +1,215 @@
+"""What a user would train Pythia with: ours, the reference, torch.compile, transformers.
+
+Every implementation is a `Stepper` over the same weights, batch and recipe. The peers hold fp32
+parameters and run under autocast with torch's fused AdamW and clip_grad_norm_, as their users do.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.runner import DTYPES
+from pythia_fast.config import Config
+from pythia_fast.data.indexed import beside, write_index
+from pythia_fast.model import Pythia, materialise
+from pythia_fast.ops import REFERENCE
+from pythia_fast.train import Trainer
+
+Loss = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """model: its parameters are Pythia's in number, order and shape.
+
+    step: one optimizer step on rows (B, T + 1) int64, the mean loss (nats a token) on the device;
+    loss: the mean loss of rows alone.
+    """
+
+    model: nn.Module
+    step: Loss
+    loss: Loss
+
+
+def make(impl: str, config: Config, device: torch.device) -> Stepper:
+    """An implementation of IMPLEMENTATIONS for a configuration, its weights drawn."""
+    return IMPLEMENTATIONS[impl](config, device)
+
+
+def on_trainer(
+    config: Config, device: torch.device, backend: Literal["auto", "reference"]
+) -> Stepper:
+    """pythia_fast's own Trainer. backend: that of kernels and optimizer, "auto" or "reference"."""
+    config = replace(config, kernels=replace(config.kernels, backend=backend))
+    if backend == "reference":
+        config = replace(config, optimizer=replace(config.optimizer, backend="torch"))
+    with _token_files(config) as prefix:
+        config = replace(config, data=replace(config.data, prefix=str(prefix), order="sequential"))
+        trainer = Trainer(config, prefix.parent)
+    if trainer.device != device:
+        raise RuntimeError(f"the trainer runs on {trainer.device}, not on {device}")
+    draw_weights(trainer.model)
+    trainer.optimizer.sync_weights(from_model=True)
+    return Stepper(trainer.model, lambda rows: trainer.train_step(rows)[0], trainer.model.loss)
+
+
+@contextmanager
+def _token_files(config: Config) -> Iterator[Path]:
+    """Sparse files of enough tokens for the run; batches are handed in, so none is ever read."""
+    with tempfile.TemporaryDirectory(prefix="pythia-fast-bench-") as name:
+        prefix = Path(name) / "document"
+        rows = config.train.batch_size * config.train.steps
+        size = np.array([rows * config.data.seq_len + 1], dtype=np.int32)
+        with beside(prefix, ".idx").open("wb") as file:
+            write_index(file, np.dtype("<u2"), size)
+        with beside(prefix, ".bin").open("wb") as file:
+            file.truncate(2 * int(size[0]))
+        yield prefix
+
+
+def compiled_reference(config: Config, device: torch.device) -> Stepper:
+    """The reference model under torch.compile, attention by cuDNN where it can, else flash."""
+    model = Pythia(config.model, REFERENCE)
+    materialise(model, device, torch.float32)
+    model.rotary_tables(config.data.seq_len, device)  # made now, not inside the compiled graph
+    loss = torch.compile(model.loss, dynamic=False)
+
+    def pinned(rows: Tensor) -> Tensor:
+        with _cudnn_attention(device):
+            return loss(rows)
+
+    return _with_fused_adamw(config, device, model, pinned)
+
+
+def transformers_model(config: Config, device: torch.device, compiled: bool) -> Stepper:
+    """transformers' GPTNeoXForCausalLM with torch's attention."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    m = config.model
+    with torch.device("meta"):
+        model = GPTNeoXForCausalLM(
+            GPTNeoXConfig(  # type: ignore[call-arg] # its base class takes these too
+                vocab_size=m.vocab_size,
+                hidden_size=m.hidden,
+                num_hidden_layers=m.layers,
+                num_attention_heads=m.heads,
+                intermediate_size=4 * m.hidden,
+                rotary_pct=m.rotary_pct,
+                max_position_embeddings=config.data.seq_len,
+                hidden_act={"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}[m.activation],
+                layer_norm_eps=m.norm_eps,
+                attn_implementation="sdpa",
+                use_cache=False,
+            )
+        )
+    model.to_empty(device=device)
+    _restore_buffers(model, device)
+
+    def mean(rows: Tensor) -> Tensor:
+        logits = model(rows[:, :-1]).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+    loss = torch.compile(mean, dynamic=False) if compiled else mean
+    return _with_fused_adamw(config, device, model, loss)
+
+
+def _restore_buffers(model: nn.Module, device: torch.device) -> None:
+    """Rotary frequencies are a buffer, which a model from the meta device has lost."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "inv_freq"):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, type(module)(model.config).to(device))
+
+
+def _with_fused_adamw(
+    config: Config, device: torch.device, model: nn.Module, loss: Loss
+) -> Stepper:
+    draw_weights(model)
+    o = config.optimizer
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if (p.dim() > 1) is matrix], "weight_decay": decay}
+        for matrix, decay in ((True, o.weight_decay), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+    dtype = DTYPES[config.precision.compute]
+
+    def precision() -> AbstractContextManager[Any]:
+        return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+    def mean(rows: Tensor) -> Tensor:
+        with precision():
+            return loss(rows)
+
+    def step(rows: Tensor) -> Tensor:
+        total = torch.zeros((), device=device)
+        for part in rows.split(config.train.micro_batch_size):
+            share = mean(part) * (len(part) / len(rows))
+            share.backward()
+            total += share.detach()
+        nn.utils.clip_grad_norm_(parameters, o.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    return Stepper(model, step, mean)
+
+
+def _cudnn_attention(device: torch.device) -> AbstractContextManager[Any]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if device.type == "cpu":
+        return nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    return sdpa_kernel(order, set_priority=True)
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module) -> None:
+    """N(0, 1/√inputs) for matrices, 1 for norms, 0 for biases: the same in every implementation.
+
+    Logits then are of order one, so that the loss depends on every op of the model.
+    """
+    generator: torch.Generator | None = None
+    for name, parameter in model.named_parameters():
+        if generator is None:
+            generator = torch.Generator(parameter.device).manual_seed(0)
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            drawn = torch.empty(parameter.shape, device=parameter.device)
+            parameter.copy_(drawn.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator))
+
+
+@torch.no_grad()
+def reference_loss(config: Config, model: nn.Module, rows: Tensor) -> float:
+    """The mean loss of rows by the reference model over the parameters of `model`, not copied."""
+    oracle = Pythia(config.model, REFERENCE)
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = _ours(name).rpartition(".")
+        setattr(oracle.get_submodule(owner), leaf, parameter)
+    return oracle.loss(rows).item()
+
+
+def _ours(name: str) -> str:
+    """transformers 5 calls the head lm_head; compiled modules carry a prefix."""
+    return name.removeprefix("_orig_mod.").replace("lm_head.", "embed_out.")
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Config, torch.device], Stepper]] = {
+    "ours": lambda c, d: on_trainer(c, d, "auto"),
+    "eager": lambda c, d: on_trainer(c, d, "reference"),
+    "compile": compiled_reference,
+    "transformers": lambda c, d: transformers_model(c, d, compiled=False),
+    "transformers-compile": lambda c, d: transformers_model(c, d, compiled=True),
+}
