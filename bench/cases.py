@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -92,7 +92,9 @@ class Op:
     differentiable: tuple[str, ...] = ()
     consumed: tuple[str, ...] = ()  # the op may write over these
     written: tuple[str, ...] = ()  # results that are arguments
-    flops: Callable[[Shape], int] | None = None  # of all passes together
+    flops: dict[str, Callable[[Shape], int]] = field(default_factory=dict)  # per pass, if by FLOPs
+    products: bool = False  # matrix products, whose operands are rounded on the way
+    repeats: bool = True  # two runs give the same bits
 
     @property
     def kernel(self) -> Callable[..., Any]:
@@ -105,7 +107,7 @@ class Op:
     @property
     def passes(self) -> tuple[str, ...]:
         """What is timed: "forward" and "backward", or "both" where one launch serves both."""
-        return tuple(self.bytes_moved) or ("both",)
+        return tuple(self.flops) or tuple(self.bytes_moved)
 
 
 # --- running an op --------------------------------------------------------------------------------
@@ -324,6 +326,47 @@ def _rotary_moved(s: Shape, size: int) -> int:
     return 4 * size * (s.head_dim // 4 // 2 * 2) * s.rows * s.heads
 
 
+def _documents(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    """Attention within documents of some hundred positions."""
+    begins = draw(s.batch, s.positions, dtype=torch.float32) > 2.886  # one in 512
+    begins[:, :: max(s.positions // 10, 512)] = True
+    at = torch.arange(s.positions, device=draw.device).expand(s.batch, -1)
+    starts = torch.where(begins, at, 0).cummax(1).values.int()
+    return _rotary(s, dtype, draw) | {"doc_start": starts}
+
+
+def _cache(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    """One new position over a full cache."""
+    keys, values = (draw(s.batch, s.heads, s.positions, s.head_dim, dtype=dtype) for _ in range(2))
+    q = draw(s.batch, 1, s.heads, s.head_dim, dtype=dtype)
+    return {"q": q, "keys": keys, "values": values, "filled": s.positions}
+
+
+def _heads(s: Shape) -> tuple[int, ...]:
+    return (s.batch, s.positions, s.heads, s.head_dim)
+
+
+def _causal(s: Shape) -> int:
+    """FLOPs of causal attention's forward: 4·B·H·T²·D, halved."""
+    return 2 * s.batch * s.positions**2 * s.hidden
+
+
+def _attention(label: str, inputs: Inputs, **fields: Any) -> Op:
+    return Op(
+        label=label,
+        file="attention",
+        name="attention",
+        inputs=inputs,
+        key=_heads,
+        bytes_moved={},
+        differentiable=("qkv",),
+        consumed=("qkv",),
+        flops={"forward": _causal, "backward": lambda s: 5 * _causal(s) // 2},
+        products=True,
+        **fields,
+    )
+
+
 _NORM1 = ("weight", "bias")
 _NORM2 = ("weight1", "bias1", "weight2", "bias2")
 _BIASES = ("attn_bias", "mlp_bias")
@@ -334,10 +377,26 @@ OPS: tuple[Op, ...] = (
         file="rotary",
         name="rotary",
         inputs=_rotary,
-        key=lambda s: (s.batch, s.positions, s.heads, s.head_dim),
+        key=_heads,
         bytes_moved={"forward": _rotary_moved, "backward": _rotary_moved},
         differentiable=("qkv",),
         consumed=("qkv",),
+    ),
+    _attention("attention", _rotary),
+    _attention(
+        "attention any order",
+        lambda s, dtype, draw: _rotary(s, dtype, draw) | {"deterministic": False},
+        repeats=False,
+    ),
+    _attention("attention documents", _documents),
+    Op(
+        label="attention_decode",
+        file="attention_decode",
+        name="attention_decode",
+        inputs=_cache,
+        key=_heads,
+        bytes_moved={"forward": lambda s, size: 2 * s.rows * s.hidden * size},
+        products=True,
     ),
     Op(
         label="layer_norm",
@@ -430,7 +489,8 @@ OPS: tuple[Op, ...] = (
         key=lambda s: (s.rows, s.hidden, s.vocab),
         bytes_moved={},
         differentiable=("x", "weight"),
-        flops=lambda s: 6 * s.rows * s.hidden * s.vocab,
+        flops={"both": lambda s: 6 * s.rows * s.hidden * s.vocab},
+        products=True,
     ),
     Op(
         label="grad_norm",

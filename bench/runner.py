@@ -59,7 +59,7 @@ def worst(
 
     Where matrix products come first, fp32 results too are granted the slack of their inputs.
     """
-    granted = dtype if op.flops else None
+    granted = dtype if op.products else None
     found = {}
     for name, tensor in exact.items():
         if actual[name].shape != tensor.shape:
@@ -176,7 +176,7 @@ def _rate(op: Op, s: Shape, which: str, ms: list[float], dtype: torch.dtype) -> 
     """TFLOP/s where products bound the op, else GB/s of necessary bytes; of the median."""
     p50 = times(ms)["ms_p50"]
     if op.flops:
-        return {"tflops": op.flops(s) / p50 / 1e9}
+        return {"tflops": op.flops[which](s) / p50 / 1e9}
     return {"gbps": op.bytes_moved[which](s, dtype.itemsize) / p50 / 1e6}
 
 

@@ -31,6 +31,11 @@ def test_necessary_bytes(size: str) -> None:
     assert find("cross_entropy").bytes_moved["both"](s, 2) == 4 * s.vocab * tokens
     assert find("adamw_").bytes_moved["forward"](s, 2) == 30 * s.flat
     assert find("grad_norm").bytes_moved["forward"](s, 2) == 4 * s.flat
+    attention = find("attention").flops  # the facts' counting: 4·B·H·T²·D, halved, 2.5 times back
+    halved = 4 * 2 * s.heads * 2048**2 * s.head_dim // 2
+    assert attention["forward"](s) == halved
+    assert attention["backward"](s) == 2.5 * halved
+    assert find("attention_decode").bytes_moved["forward"](s, 2) == 4 * s.hidden * tokens
     # q and k, read and written, a quarter of each: as much as one tensor of h
     assert find("rotary").bytes_moved["forward"](s, 2) == 2 * s.hidden * tokens
 
