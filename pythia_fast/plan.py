@@ -74,7 +74,7 @@ RECOMPUTED_ELEMENTS = 6  # of those, two norms and GELU's output can be formed a
 
 # bytes a parameter
 OPTIMIZER_TRAFFIC = 30 + 4  # Adam over fp32 master, moments and gradient; one pass for the norm
-STATES = 18  # bf16 weight, fp32 master, two fp32 moments, fp32 gradient
+STATES = 18  # 16-bit weight, fp32 master, two fp32 moments, fp32 gradient
 LEAN_STATES = 10  # bf16 weight, 16-bit remainder, bf16 gradient and moments (not implemented)
 
 
@@ -214,10 +214,10 @@ def _products(m: Model) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU while training in bf16 on the Triton kernels, without sharding."""
+    """Bytes on one GPU while training in 16 bits on the Triton kernels, without sharding."""
 
     states: float
-    gradients: float  # of a microbatch, bf16, until they are added to the fp32 ones
+    gradients: float  # of a microbatch, 16 bits, until they are added to the step's
     activations: float
     logits: float
 
@@ -226,9 +226,10 @@ class Memory:
         return self.states + self.gradients + self.activations + self.logits
 
 
-def memory(m: Model, micro_tokens: int) -> Memory:
+def memory(m: Model, micro_tokens: int, gradient_bytes: int = 4) -> Memory:
+    """gradient_bytes: of an element of the step's gradients."""
     return Memory(
-        states=STATES * m.parameters,
+        states=(STATES - 4 + gradient_bytes) * m.parameters,
         gradients=2 * m.parameters,
         activations=activation_bytes(m) * micro_tokens,
         logits=2 * m.vocab_size * micro_tokens,
@@ -247,15 +248,17 @@ def plan(config: Config, gpus: int, gpu: str) -> dict[str, Any]:
         raise InputError(f"--gpus {gpus}: layouts over several GPUs are not there yet; 1 is")
     if gpu not in GPUS:
         raise InputError(f"--gpu {gpu}: its rates are not known here; {', '.join(GPUS)} are")
-    if config.precision.compute != "bf16":
-        raise InputError(f"precision.compute = {config.precision.compute!r}: plans are for bf16")
+    if config.precision.compute == "fp32":
+        raise InputError("precision.compute = 'fp32': plans are for bf16 and fp16")
     m, t, card, seq_len = config.model, config.train, GPUS[gpu], config.data.seq_len
     step, micro = config.tokens_per_step, t.micro_batch_size * seq_len
-    found = memory(m, micro)
+    gradient_bytes = 4 if config.precision.gradients == "fp32" else 2
+    found = memory(m, micro, gradient_bytes)
     fitting = [
         rows
         for rows in range(1, t.batch_size + 1)
-        if t.batch_size % rows == 0 and memory(m, rows * seq_len).total <= card.memory
+        if t.batch_size % rows == 0
+        and memory(m, rows * seq_len, gradient_bytes).total <= card.memory
     ]
     per_token, a = flops(m, seq_len), bound_a(m, seq_len, step, card)
     b = bound_b(m, seq_len, step, card, micro)

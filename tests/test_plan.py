@@ -172,12 +172,15 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(page), "--gpus", "1", "--gpu", "H200", "--json"]) == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert row["measured"] is False and row["gpus"] == 1 and row["fits"] is True
-    assert row["memory_bytes"]["states"] == 18 * row["parameters"]
+    assert row["memory_bytes"]["states"] == 16 * row["parameters"]  # fp16 gradients
     assert row["flops"] == pytest.approx(0.306e9 * 2048 * 1024 * 143_000, rel=2e-3)
     step = row["tokens_per_step"] / row["bound_a"]["tokens_per_s"]
     assert row["bound_a"]["ms_per_step"] == pytest.approx(1e3 * step)
     assert row["bound_a"]["hours"] == pytest.approx(step * 143_000 / 3600)
     assert row["bound_b"]["tokens_per_s"] < row["bound_a"]["tokens_per_s"]
+    assert main(["plan", str(page), "--recipe", "modern", "--json"]) == 0
+    (modern,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert modern["memory_bytes"]["states"] == 18 * modern["parameters"]  # fp32 gradients
     assert main(["plan", str(page)]) == 0
     assert "bounds, not measurements" in capsys.readouterr().out
 
@@ -187,7 +190,8 @@ def test_the_largest_microbatch_that_fits() -> None:
     row = plan.plan(load(page), 1, "H100")
     m, limit = load(page).model, plan.GPUS["H100"].memory
     rows = row["largest_micro_batch_size"]
-    assert plan.memory(m, rows * 2048).total <= limit < plan.memory(m, 2 * rows * 2048).total
+    fitting, beyond = (plan.memory(m, n * rows * 2048, 2).total for n in (1, 2))
+    assert fitting <= limit < beyond
     assert plan.plan(load(REPOSITORY / "configs/pythia-12b.toml"), 1, "H200") | {
         "fits": False, "largest_micro_batch_size": 0,
     } == plan.plan(load(REPOSITORY / "configs/pythia-12b.toml"), 1, "H200")  # fmt: skip
@@ -198,7 +202,7 @@ def test_the_largest_microbatch_that_fits() -> None:
     [
         (["--gpus", "8"], "layouts over several GPUs are not there yet"),
         (["--gpu", "H999"], "H200, H100 are"),
-        (["--precision.compute", "fp32"], "plans are for bf16"),
+        (["--recipe", "modern", "--precision.compute", "fp32"], "plans are for bf16 and fp16"),
     ],
 )
 def test_bad_input(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
