@@ -162,6 +162,9 @@ class Kernels:
     backend: Literal["auto", "triton", "reference"] = _key(
         "auto", "auto: triton on a GPU, plain torch elsewhere"
     )
+    deterministic: bool = _key(
+        True, "gradients repeat bit for bit; false: the attention that measures fastest on the GPU"
+    )
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Trainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             _keep_freed_memory()
-        ops = select(c.kernels.backend, self.device)
+        ops = select(c.kernels.backend, self.device, c.kernels.deterministic)
         self.rows = rows_from(c)
         self.valid_tokens = _valid_tokens(c)
         self.model = Pythia(c.model, ops)
