@@ -424,3 +424,10 @@ def test_bad_input_names_the_argument() -> None:
     far = far_rows(normal(3, 192, dtype=torch.float16)).view(1, 3, 1, 192)
     with pytest.raises(ValueError, match="a row must span less than 2\\^31"):
         kernels.attention_fwd(far)
+
+
+@pytest.mark.slow
+def test_sixteen_thousand_positions() -> None:
+    """The longest row that is asked for, one head, forward and backward."""
+    qkv, grad, *tables = inputs(1, 16384, 1, 32, torch.float32)
+    compare(kernels.attention, qkv, grad, tables)
