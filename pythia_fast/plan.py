@@ -72,9 +72,10 @@ ATTENTION_ELEMENTS = 4 + 8  # q k v o forward; q k v o do dq dk dv backward
 ACTIVATION_ELEMENTS = 15  # kept for the backward: x, two norms, q k v, context, 4h and GELU of it
 RECOMPUTED_ELEMENTS = 6  # of those, two norms and GELU's output can be formed again (selective)
 
-# bytes a parameter
-OPTIMIZER_TRAFFIC = 30 + 4  # Adam over fp32 master, moments and gradient; one pass for the norm
-STATES = 18  # 16-bit weight, fp32 master, two fp32 moments, fp32 gradient
+# bytes a parameter, beside the gradient's
+ADAM_TRAFFIC = 26  # fp32 master and moments read and written, 16-bit weight written
+STATES = 14  # 16-bit weight, fp32 master, two fp32 moments
+GRADIENT = {"fp32": 4, "bf16": 2, "fp16": 2}  # of the accumulated gradient, by its dtype
 LEAN_STATES = 10  # bf16 weight, 16-bit remainder, bf16 gradient and moments (not implemented)
 
 
@@ -118,7 +119,7 @@ def mfu(per_token: float, tokens_per_s: float, gpu: Gpu) -> float:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Necessary bytes a token beside the products, bf16; attention's hide under its arithmetic."""
+    """Necessary bytes a token beside the products, in 16 bits; attention's hide under its sums."""
 
     layers: float
     cross_entropy: float  # logits read once, their gradient written once, in place
@@ -131,13 +132,13 @@ class Traffic:
         return self.layers + self.cross_entropy + self.optimizer + self.ends
 
 
-def traffic(m: Model, step_tokens: int) -> Traffic:
-    """step_tokens: tokens of one optimizer step on one GPU."""
+def traffic(m: Model, step_tokens: int, gradient: int = 4) -> Traffic:
+    """step_tokens: of one optimizer step on one GPU. gradient: bytes of one, read twice a step."""
     width = 2 * m.hidden  # bytes
     return Traffic(
         layers=width * m.layers * sum(LAYER_ELEMENTS.values()),
         cross_entropy=2 * 2 * m.vocab_size,
-        optimizer=OPTIMIZER_TRAFFIC * m.parameters / step_tokens,
+        optimizer=(ADAM_TRAFFIC + 2 * gradient) * m.parameters / step_tokens,
         ends=(2 + 1 + 4) * width + 5 * width,
         attention=width * m.layers * ATTENTION_ELEMENTS,
     )
@@ -170,8 +171,8 @@ class Bound:
         return tuple(k / sum(kinds) for k in kinds)  # type: ignore[return-value]
 
 
-def bound_a(m: Model, seq_len: int, step_tokens: int, gpu: Gpu) -> Bound:
-    f, bytes_ = flops(m, seq_len), traffic(m, step_tokens)
+def bound_a(m: Model, seq_len: int, step_tokens: int, gpu: Gpu, gradient: int = 4) -> Bound:
+    f, bytes_ = flops(m, seq_len), traffic(m, step_tokens, gradient)
     arithmetic = (f.executed - f.linear) / gpu.product
     return Bound(
         products=f.linear / gpu.product,
@@ -181,8 +182,9 @@ def bound_a(m: Model, seq_len: int, step_tokens: int, gpu: Gpu) -> Bound:
 
 
 def bound_b(
-    m: Model, seq_len: int, step_tokens: int, gpu: Gpu, micro_tokens: int | None = None
-) -> Bound | None:
+    m: Model, seq_len: int, step_tokens: int, gpu: Gpu, micro_tokens: int | None = None,
+    gradient: int = 4,
+) -> Bound | None:  # fmt: skip
     """None where no rate of attention is published: another head dim, other than 2,048 positions.
 
     micro_tokens: rows of the products, which their weight gradients contract (default: the step's).
@@ -198,7 +200,7 @@ def bound_b(
             for n, k in _products(m)
         ),
         attention=2 * product / forward + 5 * product / backward,
-        memory=traffic(m, step_tokens).streamed / (STREAMING * gpu.copy),
+        memory=traffic(m, step_tokens, gradient).streamed / (STREAMING * gpu.copy),
         overhead=OVERHEAD,
     )
 
@@ -216,8 +218,8 @@ def _products(m: Model) -> list[tuple[int, int]]:
 class Memory:
     """Bytes on one GPU while training in 16 bits on the Triton kernels, without sharding."""
 
-    states: float
-    gradients: float  # of a microbatch, 16 bits, until they are added to the step's
+    states: float  # weights, moments, accumulated gradients
+    gradients: float  # of a microbatch, in the compute dtype, until they are accumulated
     activations: float
     logits: float
 
@@ -226,10 +228,10 @@ class Memory:
         return self.states + self.gradients + self.activations + self.logits
 
 
-def memory(m: Model, micro_tokens: int, gradient_bytes: int = 4) -> Memory:
-    """gradient_bytes: of an element of the step's gradients."""
+def memory(m: Model, micro_tokens: int, gradient: int = 4) -> Memory:
+    """gradient: bytes of what is accumulated a parameter."""
     return Memory(
-        states=(STATES - 4 + gradient_bytes) * m.parameters,
+        states=(STATES + gradient) * m.parameters,
         gradients=2 * m.parameters,
         activations=activation_bytes(m) * micro_tokens,
         logits=2 * m.vocab_size * micro_tokens,
@@ -237,7 +239,7 @@ def memory(m: Model, micro_tokens: int, gradient_bytes: int = 4) -> Memory:
 
 
 def activation_bytes(m: Model, selective: bool = False) -> int:
-    """A token's activations in bf16, all kept or (not implemented) norms and GELU formed again."""
+    """Of a token, 16 bits: all kept, or (not implemented) norms and GELU formed again."""
     kept = ACTIVATION_ELEMENTS - RECOMPUTED_ELEMENTS * selective
     return 2 * kept * m.hidden * m.layers
 
@@ -250,18 +252,19 @@ def plan(config: Config, gpus: int, gpu: str) -> dict[str, Any]:
         raise InputError(f"--gpu {gpu}: its rates are not known here; {', '.join(GPUS)} are")
     if config.precision.compute == "fp32":
         raise InputError("precision.compute = 'fp32': plans are for bf16 and fp16")
+    p = config.precision
+    gradient = GRADIENT[p.gradients]
+    held = gradient + (GRADIENT[p.gradient_sum] if p.ranks > 1 else 0)  # and the sum over ranks
     m, t, card, seq_len = config.model, config.train, GPUS[gpu], config.data.seq_len
     step, micro = config.tokens_per_step, t.micro_batch_size * seq_len
-    gradient_bytes = 4 if config.precision.gradients == "fp32" else 2
-    found = memory(m, micro, gradient_bytes)
+    found = memory(m, micro, held)
     fitting = [
         rows
         for rows in range(1, t.batch_size + 1)
-        if t.batch_size % rows == 0
-        and memory(m, rows * seq_len, gradient_bytes).total <= card.memory
+        if t.batch_size % rows == 0 and memory(m, rows * seq_len, held).total <= card.memory
     ]
-    per_token, a = flops(m, seq_len), bound_a(m, seq_len, step, card)
-    b = bound_b(m, seq_len, step, card, micro)
+    per_token, a = flops(m, seq_len), bound_a(m, seq_len, step, card, gradient)
+    b = bound_b(m, seq_len, step, card, micro, gradient)
     return {
         "gpus": 1,
         "gpu": card.name,

@@ -114,7 +114,7 @@ def test_states_are_the_trainers(tmp_path: Path) -> None:
     found, owned = plan.memory(trainer.config.model, 0), trainer.optimizer
     states = (owned.weight, owned.master, owned.grad, owned.exp_avg, owned.exp_avg_sq)
     assert sum(t.numel() * t.itemsize for t in states if t is not None) == found.states
-    assert found.states == plan.STATES * trainer.config.model.parameters
+    assert found.states == 18 * trainer.config.model.parameters
     trainer.model.loss(torch.zeros(1, 9, dtype=torch.long)).backward()
     gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
     assert sum(g.numel() * g.itemsize for g in gradients) == found.gradients
@@ -172,29 +172,34 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(page), "--gpus", "1", "--gpu", "H200", "--json"]) == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert row["measured"] is False and row["gpus"] == 1 and row["fits"] is True
-    assert row["memory_bytes"]["states"] == 16 * row["parameters"]  # fp16 gradients
+    assert row["memory_bytes"]["states"] == 18 * row["parameters"]  # fp16 gradients, and a sum
     assert row["flops"] == pytest.approx(0.306e9 * 2048 * 1024 * 143_000, rel=2e-3)
     step = row["tokens_per_step"] / row["bound_a"]["tokens_per_s"]
     assert row["bound_a"]["ms_per_step"] == pytest.approx(1e3 * step)
     assert row["bound_a"]["hours"] == pytest.approx(step * 143_000 / 3600)
     assert row["bound_b"]["tokens_per_s"] < row["bound_a"]["tokens_per_s"]
-    assert main(["plan", str(page), "--recipe", "modern", "--json"]) == 0
-    (modern,) = map(json.loads, capsys.readouterr().out.splitlines())
-    assert modern["memory_bytes"]["states"] == 18 * modern["parameters"]  # fp32 gradients
     assert main(["plan", str(page)]) == 0
     assert "bounds, not measurements" in capsys.readouterr().out
 
 
 def test_the_largest_microbatch_that_fits() -> None:
-    page = str(REPOSITORY / "configs/pythia-1.4b.toml")
-    row = plan.plan(load(page), 1, "H100")
-    m, limit = load(page).model, plan.GPUS["H100"].memory
+    config = load(str(REPOSITORY / "configs/pythia-1.4b.toml"), ["--recipe", "modern"])
+    row, limit = plan.plan(config, 1, "H100"), plan.GPUS["H100"].memory
     rows = row["largest_micro_batch_size"]
-    fitting, beyond = (plan.memory(m, n * rows * 2048, 2).total for n in (1, 2))
-    assert fitting <= limit < beyond
-    assert plan.plan(load(REPOSITORY / "configs/pythia-12b.toml"), 1, "H200") | {
-        "fits": False, "largest_micro_batch_size": 0,
-    } == plan.plan(load(REPOSITORY / "configs/pythia-12b.toml"), 1, "H200")  # fmt: skip
+    small, large = (plan.memory(config.model, n * rows * 2048).total for n in (1, 2))
+    assert small <= limit < large
+    row = plan.plan(load(REPOSITORY / "configs/pythia-12b.toml"), 1, "H200")
+    assert (row["fits"], row["largest_micro_batch_size"]) == (False, 0)
+
+
+def test_gradients_of_the_recipe() -> None:
+    """Bytes a parameter: fp32 ones, fp16 ones, and with the sum of two ranks beside them."""
+    page = str(REPOSITORY / "configs/pythia-70m.toml")
+    wanted = {("modern", "1"): 18, ("pythia-v1", "1"): 16, ("pythia-v1", "2"): 18}
+    for (recipe, ranks), states in wanted.items():
+        flags = ["--recipe", recipe, "--precision.sum_ranks", ranks]
+        row = plan.plan(load(page, flags), 1, "H200")
+        assert row["memory_bytes"]["states"] == states * row["parameters"], (recipe, ranks)
 
 
 @pytest.mark.parametrize(
