@@ -17,12 +17,13 @@ operands as they come. dqᵀ is summed in fp32 scratch (segments, B·H, D, T): a
 segments-th key tile of its head in order and adds to a segment that nobody else writes, so the bits
 repeat; a last pass adds the segments in order, turns the sum back and writes dq. With
 deterministic=False a program has one key tile and all add to one segment, in any order. At D = 256,
-where registers do not hold dk, dv and dq, a second kernel recomputes S and dP for dq (DQ_APART).
+where registers do not hold dk, dv and dq, each has a launch of its own (eight products for five).
 
-FLOPs: forward 2·B·H·T²·D (causal), backward 2.5 times that (3.5 with dq apart). Bytes for e = 2,
-M = B·T: forward 4·e·M·h, 4·M·H (lse) and the rotation's e·M·h; backward 10·e·M·h (delta 2, qkv and
-d_ctx 4, dqkv 3, and qkv's share of the second read) and the scratch's 4·M·h·(T/(2·keys) + 2), most
-of it in L2. Bound by exponentials at D ≤ 64 (one a score, forward and backward), by products above.
+FLOPs: forward 2·B·H·T²·D (causal), backward 2.5 times that (4 times at D = 256). Bytes for e = 2,
+M = B·T: forward 4·e·M·h, 4·M·H (lse) and the rotation's e·M·h; backward 9·e·M·h (delta 2, qkv 3,
+d_ctx 1, dqkv 3) and for the scratch 4·M·h·(T/(2·keys) + segments), much of it in L2; what several
+tiles of a head read again comes from L2. Bound by exponentials at D ≤ 64 (one a score, forward and
+backward), by products and what wgmma reads from shared memory above.
 """
 
 from __future__ import annotations
