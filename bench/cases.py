@@ -458,7 +458,7 @@ OPS: tuple[Op, ...] = (
     ),
     Op(
         label="cross_entropy_stats",
-        file="cross_entropy",
+        file="cross_entropy_shards",
         name="cross_entropy_stats",
         inputs=_shard,
         key=_vocabulary,
@@ -466,7 +466,7 @@ OPS: tuple[Op, ...] = (
     ),
     Op(
         label="cross_entropy_combine",
-        file="cross_entropy",
+        file="cross_entropy_shards",
         name="cross_entropy_combine",
         inputs=_shard_statistics,
         key=_vocabulary,
@@ -474,7 +474,7 @@ OPS: tuple[Op, ...] = (
     ),
     Op(
         label="cross_entropy_grad_",
-        file="cross_entropy",
+        file="cross_entropy_shards",
         name="cross_entropy_grad_",
         inputs=_shard_grad,
         key=_vocabulary,

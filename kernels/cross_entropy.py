@@ -26,8 +26,7 @@ host synchronisation. A logit of −inf has probability 0; a row with NaN, +inf 
 −1e38 gives NaN.
 
 fp16: dlogits are rounded when they are written, so the loss scale belongs in `scale`, not on the
-loss. Tensor parallel: `cross_entropy_stats` and `cross_entropy_grad_` are the two sweeps of one
-vocabulary shard, and `cross_entropy_combine` makes losses of all shards' statistics between them.
+loss. Tensor parallel: `cross_entropy_shards.py` sweeps the shards of a vocabulary.
 """
 
 from __future__ import annotations
@@ -48,7 +47,6 @@ from pythia_fast.kernels.rows import SUITE, programs
 BLOCK = 16384  # columns of a full tile: 4 independent 16-byte loads a thread for 16 bits
 WARPS = 16
 ROWS_PER_SM = 2
-BLOCK_COMBINE = 512  # rows whose shards a program combines
 
 VOCABULARIES = (("70m", 50304), ("6.9b", 50432), ("12b", 50688))  # 50304 up to 2.8B
 
@@ -177,93 +175,6 @@ def _cross_entropy_bwd_kernel(
                 tl.store(p_row + o_n, b_d.to(p_row.dtype.element_ty), mask=o_n < N)
 
 
-@triton.jit
-def _cross_entropy_stats_kernel(
-    logits,  # (M, V) of one shard, row stride stride
-    targets,  # (M,) int64, columns of the whole vocabulary
-    row_max,  # (M,) fp32
-    row_sum,  # (M,) fp32
-    row_target,  # (M,) fp32
-    M,
-    stride,
-    vocab_start,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    for i_row in tl.range(tl.program_id(0), M, tl.num_programs(0)):
-        p_row = logits + tl.cast(i_row, tl.int64) * stride
-        i_target = tl.load(targets + i_row) - vocab_start
-        m_target = (i_target >= 0) & (i_target < V)
-        b_target = tl.load(p_row + i_target, mask=m_target, other=float("nan")).to(tl.float32)
-
-        b_max, b_sum = row_max_sum(p_row, V, BLOCK, TAIL, VEC)
-        tl.store(row_max + i_row, b_max)
-        tl.store(row_sum + i_row, b_sum)
-        tl.store(row_target + i_row, b_target)
-
-
-@triton.jit
-def _cross_entropy_combine_kernel(
-    row_max,  # (S, M) fp32, row stride stride_max
-    row_sum,  # (S, M) fp32, row stride stride_sum
-    row_target,  # (S, M) fp32, row stride stride_target; NaN: the target is of another shard
-    losses,  # (M,) fp32
-    lse,  # (M,) fp32
-    S,
-    M,
-    stride_max,
-    stride_sum,
-    stride_target,
-    scale,
-    BLOCK: tl.constexpr,
-):
-    o_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_row = o_row < M
-    b_m = tl.load(row_max + o_row, mask=m_row, other=0.0)
-    b_s = tl.load(row_sum + o_row, mask=m_row, other=1.0)
-    b_target = tl.load(row_target + o_row, mask=m_row, other=0.0)
-    for i_shard in range(1, S):
-        b_max = tl.load(row_max + i_shard * stride_max + o_row, mask=m_row, other=0.0)
-        b_new = tl.maximum(b_m, b_max)
-        b_sum = tl.load(row_sum + i_shard * stride_sum + o_row, mask=m_row, other=0.0)
-        b_s = exp(b_m - b_new) * b_s + exp(b_max - b_new) * b_sum
-        b_m = b_new
-        b_t = tl.load(row_target + i_shard * stride_target + o_row, mask=m_row, other=0.0)
-        b_target = tl.where(b_t == b_t, b_t, b_target)
-    b_log = tl.log(b_s)
-    tl.store(losses + o_row, scale * ((b_m - b_target) + b_log), mask=m_row)
-    # no shard has the target: NaN, and so will be the gradient
-    b_lse = tl.where(b_target == b_target, b_m + b_log, b_target)
-    tl.store(lse + o_row, b_lse, mask=m_row)
-
-
-@triton.jit
-def _cross_entropy_grad_kernel(
-    logits,  # (M, V) of one shard, row stride stride; dlogits afterwards
-    targets,  # (M,) int64, columns of the whole vocabulary
-    lse,  # (M,) fp32, over all shards
-    M,
-    stride,
-    vocab_start,
-    scale,
-    V: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    for i_row in tl.range(tl.program_id(0), M, tl.num_programs(0)):
-        p_row = logits + tl.cast(i_row, tl.int64) * stride
-        i_target = tl.load(targets + i_row) - vocab_start
-        m_target = (i_target >= 0) & (i_target < V)
-        b_target = tl.load(p_row + i_target, mask=m_target, other=0.0).to(tl.float32)
-        b_lse = tl.load(lse + i_row)
-        store_gradient(
-            p_row, i_target, m_target, b_target, b_lse, scale, scale, V, BLOCK, TAIL, VEC
-        )
-
-
 def cross_entropy_fwd(
     logits: Tensor, targets: Tensor, scale: float, write_grad: bool, losses: Tensor | None = None
 ) -> Tensor:
@@ -272,14 +183,14 @@ def cross_entropy_fwd(
     logits (M, V) with rows at one stride, targets (M,) int64. losses: where the result goes, None
     allocates. Raises ValueError, TypeError.
     """
-    _check_inputs(logits, targets)
+    check_logits(logits, targets)
     if not logits.is_cuda:
         check_targets(targets, logits.shape[1])
     if losses is None:
         losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     check(losses, "losses", dtypes=(torch.float32,), shape=targets.shape, device=logits.device)
     if len(losses):
-        _cross_entropy_fwd_kernel[_grid(logits)](
+        _cross_entropy_fwd_kernel[row_grid(logits)](
             logits=logits,
             targets=targets,
             losses=losses,
@@ -287,7 +198,7 @@ def cross_entropy_fwd(
             stride=logits.stride(0),
             scale=float(scale),
             GRAD=write_grad,
-            **_tiles(logits),
+            **row_tiles(logits),
         )
     if write_grad:
         torch.autograd.graph.increment_version(logits)
@@ -301,7 +212,7 @@ def cross_entropy_bwd(dlogits: Tensor, dloss: Tensor) -> Tensor:
     if dlogits.numel():
         tiles = _bwd_tiles(dlogits)
         per_sm = ROWS_PER_SM * WARPS // tiles["num_warps"]
-        _cross_entropy_bwd_kernel[_grid(dlogits, per_sm)](
+        _cross_entropy_bwd_kernel[row_grid(dlogits, per_sm)](
             dlogits=dlogits,
             dloss=dloss,
             M=dlogits.shape[0],
@@ -312,94 +223,6 @@ def cross_entropy_bwd(dlogits: Tensor, dloss: Tensor) -> Tensor:
     return dlogits
 
 
-def cross_entropy_stats(
-    logits: Tensor, targets: Tensor, vocab_start: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What one vocabulary shard adds: per row (max, Σexp(logit − max), target's logit), fp32.
-
-    logits (M, V/p) are columns [vocab_start, vocab_start + V/p); the target's logit is NaN in a row
-    whose target lies elsewhere. `cross_entropy_combine` makes the loss of all shards' numbers.
-    """
-    _check_inputs(logits, targets)
-    count, device = logits.shape[0], logits.device
-    stats = tuple(torch.empty(count, dtype=torch.float32, device=device) for _ in range(3))
-    if count:
-        _cross_entropy_stats_kernel[_grid(logits)](
-            logits=logits,
-            targets=targets,
-            row_max=stats[0],
-            row_sum=stats[1],
-            row_target=stats[2],
-            M=count,
-            stride=logits.stride(0),
-            vocab_start=vocab_start,
-            **_tiles(logits),
-        )
-    return stats
-
-
-def cross_entropy_combine(
-    row_max: Tensor, row_sum: Tensor, row_target: Tensor, scale: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """scale · loss of each row, and its log-sum-exp over the whole vocabulary, (M,) fp32 each.
-
-        m = max mᵢ    s = Σ sᵢ·exp(mᵢ − m)    lse = m + log s    loss = (m − t) + log s
-
-    row_max, row_sum, row_target (p, M) fp32: what `cross_entropy_stats` gave on each of p shards, t
-    the one target logit that is not NaN. Where no shard has it, the id is outside of the vocabulary
-    (or a shard is missing): both results are NaN, and by lse the gradient of `cross_entropy_grad_`.
-    """
-    fp32, device = (torch.float32,), row_max.device if isinstance(row_max, Tensor) else None
-    check(row_max, "row_max", dtypes=fp32, rank=2)
-    for statistic, name in ((row_sum, "row_sum"), (row_target, "row_target")):
-        check(statistic, name, dtypes=fp32, shape=row_max.shape, device=device)
-    shards, count = row_max.shape
-    if shards == 0:
-        raise ValueError(f"row_max: shape {tuple(row_max.shape)}, expected (p, M) with p ≥ 1")
-    losses, lse = (torch.empty(count, dtype=torch.float32, device=device) for _ in range(2))
-    if count:
-        _cross_entropy_combine_kernel[(triton.cdiv(count, BLOCK_COMBINE),)](
-            row_max=row_max,
-            row_sum=row_sum,
-            row_target=row_target,
-            losses=losses,
-            lse=lse,
-            S=shards,
-            M=count,
-            stride_max=row_max.stride(0),
-            stride_sum=row_sum.stride(0),
-            stride_target=row_target.stride(0),
-            scale=float(scale),
-            BLOCK=BLOCK_COMBINE,
-            num_warps=4,
-        )
-    return losses, lse
-
-
-def cross_entropy_grad_(
-    logits: Tensor, targets: Tensor, lse: Tensor, scale: float, vocab_start: int = 0
-) -> Tensor:
-    """logits ← scale · (exp(logits − lse) − onehot(target)), in place; returns logits.
-
-    logits (M, V/p) as in `cross_entropy_stats`; lse (M,) fp32 as `cross_entropy_combine` gives it.
-    """
-    _check_inputs(logits, targets)
-    check(lse, "lse", dtypes=(torch.float32,), shape=targets.shape, device=logits.device)
-    if len(targets):
-        _cross_entropy_grad_kernel[_grid(logits)](
-            logits=logits,
-            targets=targets,
-            lse=lse,
-            M=logits.shape[0],
-            stride=logits.stride(0),
-            vocab_start=vocab_start,
-            scale=float(scale),
-            **_tiles(logits),
-        )
-    torch.autograd.graph.increment_version(logits)
-    return logits
-
-
 def check_targets(targets: Tensor, vocab_size: int) -> None:
     """Raises ValueError with the first row whose id is not in [0, vocab_size); waits for a GPU."""
     wrong = ((targets < 0) | (targets >= vocab_size)).nonzero()
@@ -408,7 +231,8 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
         raise ValueError(f"targets: row {row} has id {int(targets[row])}, not in [0, {vocab_size})")
 
 
-def _check_inputs(logits: Tensor, targets: Tensor) -> None:
+def check_logits(logits: Tensor, targets: Tensor) -> None:
+    """logits (M, V), whose rows do not overlap, with targets (M,) int64; not the ids themselves."""
     check(logits, "logits", rank=2)
     check(targets, "targets", dtypes=(torch.int64,), shape=logits.shape[:1], device=logits.device)
     if logits.shape[1] == 0:
@@ -417,11 +241,12 @@ def _check_inputs(logits: Tensor, targets: Tensor) -> None:
         raise ValueError(f"logits: strides {logits.stride()}, the rows overlap")
 
 
-def _grid(rows: Tensor, per_sm: int = ROWS_PER_SM) -> tuple[int]:
+def row_grid(rows: Tensor, per_sm: int = ROWS_PER_SM) -> tuple[int]:
+    """One program a row, or those that fit the device, which then walk."""
     return (min(rows.shape[0], programs(rows.device, per_sm)),)
 
 
-def _tiles(logits: Tensor) -> dict[str, int]:
+def row_tiles(logits: Tensor) -> dict[str, int]:
     """Tile sizes of a row: full tiles of BLOCK columns, then the narrowest that holds the rest."""
     columns, vec = logits.shape[1], 16 // logits.element_size()
     tail = max(triton.next_power_of_2(columns % BLOCK), vec)
@@ -466,8 +291,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, scale: float | None = None) -
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Every vocabulary of the suite and shards of the largest; the backward also scales the (M, h)
-    and (V, h) gradients of `linear_cross_entropy`."""
+    """Every vocabulary of the suite; the backward also scales the (M, h) and (V, h) gradients of
+    `linear_cross_entropy`."""
     for dtype in ("bf16", "fp16"):
         for size, columns in VOCABULARIES:
             row = {"logits": f"*{dtype}", "targets": "*i64", "losses": "*fp32"}
@@ -476,16 +301,9 @@ def aot_cases() -> Iterator[AotCase]:
                 name = f"{size} {what} {dtype}"
                 sweeps = "ld ld st" if grad else "ld"
                 more = {"GRAD": grad}
-                yield _case(name, _cross_entropy_fwd_kernel, row, dtype, columns, sweeps, more)
-        for size, columns in (("6.9b/2", 25216), ("12b/2", 25344), ("12b/4", 12672)):
-            row = {"logits": f"*{dtype}", "targets": "*i64"}
-            rest = {"M": "i32", "stride": "i32", "vocab_start": "i32"}
-            stats = row | dict.fromkeys(("row_max", "row_sum", "row_target"), "*fp32") | rest
-            name = f"{size} shard statistics {dtype}"
-            yield _case(name, _cross_entropy_stats_kernel, stats, dtype, columns, "ld")
-            grad = row | {"lse": "*fp32"} | rest | {"scale": "fp32"}
-            name = f"{size} shard gradient {dtype}"
-            yield _case(name, _cross_entropy_grad_kernel, grad, dtype, columns, "ld st")
+                yield logits_case(
+                    name, _cross_entropy_fwd_kernel, row, dtype, columns, sweeps, more
+                )
         row = {"dlogits": f"*{dtype}", "dloss": "*fp32", "M": "i32", "stride": "i32"}
         widths = [(f"{size} backward", columns) for size, columns in VOCABULARIES]
         widths += [(f"{size} backward of the head", h) for size, h in SUITE.items()]
@@ -501,24 +319,15 @@ def aot_cases() -> Iterator[AotCase]:
                 wide=("dlogits",),
                 per_sm=ROWS_PER_SM * WARPS // warps,
             )
-    shards = dict.fromkeys(("row_max", "row_sum", "row_target", "losses", "lse"), "*fp32")
-    yield AotCase(
-        name="combination of shards",
-        kernel=_cross_entropy_combine_kernel,
-        signature=shards
-        | dict.fromkeys(("S", "M", "stride_max", "stride_sum", "stride_target"), "i32")
-        | {"scale": "fp32", "BLOCK": "constexpr"},
-        constexprs={"BLOCK": BLOCK_COMBINE},
-        num_warps=4,
-        wide=tuple(shards),
-        not_aligned=("S",),
-    )
 
 
-def _case(name, kernel, arguments, dtype, columns, sweeps: str, more=None) -> AotCase:
-    """sweeps: over the row, "ld" or "st"; a tail of few elements a thread and the target (read
-    once, and written once with the gradient) are narrow beside the full tiles."""
-    constexprs = _tiles(torch.empty(0, columns, dtype=_DTYPES[dtype])) | (more or {})
+def logits_case(name, kernel, arguments, dtype, columns, sweeps: str, more=None) -> AotCase:
+    """A kernel over rows of `logits` of `dtype`, `columns` wide.
+
+    sweeps: over the row, "ld" or "st"; a tail of few elements a thread and the target (read once,
+    and written once with the gradient) are narrow beside the full tiles.
+    """
+    constexprs = row_tiles(torch.empty(0, columns, dtype=_DTYPES[dtype])) | (more or {})
     warps = constexprs.pop("num_warps")
     narrow = Counter(f"{kind}16" for kind in set(sweeps.split()))
     if columns % BLOCK and constexprs["TAIL"] < 8 * 32 * warps:

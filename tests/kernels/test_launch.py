@@ -13,7 +13,10 @@ from pathlib import Path
 from kernel_proof import REPOSITORY
 
 SCRIPT = Path("tests/support/launch_without_gpu.py")
-LAUNCHED = ("adam", "cross_entropy", "gelu", "layer_norm", "parallel_residual", "rotary", "rows")
+LAUNCHED = (
+    "adam", "cross_entropy", "cross_entropy_shards", "gelu", "layer_norm",
+    "parallel_residual", "rotary", "rows",
+)  # fmt: skip
 
 
 def launch(repository: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -83,6 +83,7 @@ from pythia_fast.kernels import (  # noqa: E402
     attention_decode,
     checks,
     cross_entropy,
+    cross_entropy_shards,
     gelu,
     layer_norm,
     linear_cross_entropy,
@@ -130,10 +131,10 @@ def head(count: int, hidden: int) -> None:
 def shards(count: int, vocabulary: int) -> None:
     logits = torch.randn(count, vocabulary).to(BF16)
     targets = torch.zeros(count, dtype=torch.int64)
-    stats = cross_entropy.cross_entropy_stats(logits, targets, 1)
+    stats = cross_entropy_shards.cross_entropy_stats(logits, targets, 1)
     for number in (1, 4):
-        cross_entropy.cross_entropy_combine(*(s.expand(number, -1) for s in stats))
-    cross_entropy.cross_entropy_grad_(logits, targets, torch.zeros(count), 1.0, 1)
+        cross_entropy_shards.cross_entropy_combine(*(s.expand(number, -1) for s in stats))
+    cross_entropy_shards.cross_entropy_grad_(logits, targets, torch.zeros(count), 1.0, 1)
 
 
 def optimizer(size: int, dtype: torch.dtype | None) -> None:
