@@ -1,4 +1,4 @@
-"""AdamW over flat buffers and lists, and the gradient norm, against torch's and apex's AdamW."""
+"""AdamW over flat buffers, and the gradient norm, against torch's and apex's AdamW."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from bench.runner import Peer, main, peer
 
-LABELS = ("adamw_", "adamw_list_", "grad_norm")
+LABELS = ("adamw_", "grad_norm")
 APEX_CHUNK = 2048 * 32  # elements a block, multi_tensor_applier's own
 
 
@@ -35,28 +35,6 @@ def _torch_fused(module):
     return adamw_
 
 
-def _torch_fused_list(module):
-    """The same over lists of tensors."""
-
-    def adamw_list_(
-        weights, masters, exp_avgs, exp_avg_sqs, grads, decays, lr, step, grad_scale,
-        betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-    ):  # fmt: skip
-        divisor, finite = grad_scale.reciprocal(), module.zeros_like(grad_scale)
-        for decayed, decay in ((True, weight_decay), (False, 0.0)):
-            chosen = [i for i, d in enumerate(decays) if d == decayed]
-            states = ([t[i] for i in chosen] for t in (masters, grads, exp_avgs, exp_avg_sqs))
-            module._fused_adamw_(
-                *states, [], [step] * len(chosen), lr=lr, beta1=betas[0], beta2=betas[1],
-                weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
-                grad_scale=divisor, found_inf=finite,
-            )  # fmt: skip
-        if weights is not None:
-            module._foreach_copy_(weights, masters)
-
-    return adamw_list_
-
-
 def _apex(module):
     """What apex's FusedAdam(capturable=True) launches on fp32 tensors, then a pass that casts."""
 
@@ -78,7 +56,6 @@ def _apex(module):
 
 PEERS: dict[str, dict[str, Peer]] = {
     "adamw_": {"torch-fused": peer("torch", _torch_fused), "apex": peer("amp_C", _apex)},
-    "adamw_list_": {"torch-fused": peer("torch", _torch_fused_list)},
 }
 
 

@@ -513,7 +513,7 @@ OPS: tuple[Op, ...] = (
     ),
     Op(
         label="adamw_list_",
-        file="adam",
+        file="adam_list",
         name="adamw_list_",
         inputs=_list,
         key=lambda s: (s.flat,),

@@ -78,6 +78,7 @@ JITFunction.run = record if RECORD else run
 
 from pythia_fast.kernels import (  # noqa: E402
     adam,
+    adam_list,
     attention,
     attention_bwd,
     attention_decode,
@@ -143,7 +144,7 @@ def optimizer(size: int, dtype: torch.dtype | None) -> None:
     weight = None if dtype is None else torch.zeros(size, dtype=dtype)
     weights = None if weight is None else [weight]
     adam.adamw_(weight, *state, 1, one, one, one)
-    adam.adamw_list_(weights, *[[tensor] for tensor in state], [True], one, one, one)
+    adam_list.adamw_list_(weights, *[[tensor] for tensor in state], [True], one, one, one)
     adam.grad_norm(state[0])
     adam.grad_norm(state[0].bfloat16())
 

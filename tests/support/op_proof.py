@@ -13,15 +13,17 @@ from bench.bound import rounding_errors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter gets bf16 wrong, so that dtype is for a GPU
-DTYPES = [
-    torch.float32,
-    torch.float16,
-    pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
-]
+BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+DTYPES = [torch.float32, torch.float16, BF16]
 
 
 def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+
+
+def scalar(value: float) -> Tensor:
+    """(1,) fp32: what the optimizer's kernels read on the device."""
+    return torch.tensor([value], dtype=torch.float32, device=DEVICE)
 
 
 def wide_slice(t: Tensor, before: int = 16, after: int = 32) -> Tensor:
