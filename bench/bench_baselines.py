@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from bench import timing
-from bench.cases import SIZES, Draw, shape
 from bench.nvml import Sampler
+from bench.op import SIZES, Draw, shape
 from bench.processes import Case
 from bench.record import Row, times
 

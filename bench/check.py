@@ -31,7 +31,8 @@ from typing import Any
 import torch
 
 from bench.bound import worst_rounding
-from bench.cases import OPS, SIZES, Draw, Op, Shape, find, results, shape
+from bench.op import SIZES, Draw, Op, Shape, results, shape
+from bench.op_table import OPS, find
 from bench.record import Row, environment, stamp
 from bench.runner import DTYPES, worst
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from bench.bench_train import SMALL_STEP, STEP_TOKENS
-from bench.cases import SIZES
+from bench.op import SIZES
 from bench.record import Row, newest
 from pythia_fast import plan
 from pythia_fast.config import resolve

@@ -18,19 +18,8 @@ import torch
 
 from bench import timing
 from bench.bound import Errors, errors
-from bench.cases import (
-    OPS,
-    SIZES,
-    Draw,
-    Op,
-    Shape,
-    arguments,
-    call,
-    find,
-    results,
-    shape,
-    upstream,
-)
+from bench.op import SIZES, Draw, Op, Shape, arguments, call, results, shape, upstream
+from bench.op_table import OPS, find
 from bench.processes import Case
 from bench.record import Row, times
 

@@ -11,7 +11,7 @@ import torch
 from corpus import write_pair
 from kernel_proof import REPOSITORY, Mutant, assert_killed
 
-from bench.cases import SIZES
+from bench.op import SIZES
 from pythia_fast import plan
 from pythia_fast.cli import main
 from pythia_fast.config import Model, load, resolve

@@ -9,7 +9,7 @@ import pytest
 from fake_timing import two_milliseconds
 
 from bench import bench_baselines
-from bench.cases import SIZES, shape
+from bench.op import SIZES, shape
 
 SCALE = {"side": 16, "copy_bytes": 4096, "tokens": 2, "vocab": 30, "rows": 1, "positions": 8}
 

@@ -11,7 +11,8 @@ from kernel_proof import Mutant, assert_killed, load_mutant
 
 from bench import bound
 from bench.bound import assert_close
-from bench.cases import Draw, Shape, find, results
+from bench.op import Draw, Shape, results
+from bench.op_table import find
 
 FILE = "bench/bound.py"
 

@@ -15,7 +15,8 @@ import torch
 from kernel_proof import REPOSITORY
 
 from bench import check
-from bench.cases import OPS, SIZES, find, shape
+from bench.op import SIZES, shape
+from bench.op_table import OPS, find
 from pythia_fast.kernels import layer_norm, reference
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from fake_timing import two_milliseconds
 from kernel_proof import REPOSITORY
 
 from bench import check, runner
-from bench.cases import OPS, Draw, Op, find, results
+from bench.op import Draw, Op, results
+from bench.op_table import OPS, find
 from bench.runner import peer, worst
 from pythia_fast.kernels import layer_norm, reference
 

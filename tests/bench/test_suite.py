@@ -13,7 +13,8 @@ import torch
 from kernel_proof import REPOSITORY
 
 from bench import bench_baselines, processes, report, runner, session, suite
-from bench.cases import OPS, SIZES
+from bench.op import SIZES
+from bench.op_table import OPS
 from bench.processes import Case
 from bench.record import ResultFile, Row, read
 from pythia_fast.cli import main as pythia_fast

@@ -136,7 +136,7 @@ def test_cases_take_turns_in_opposite_order() -> None:
 
 
 def test_sizes_are_those_of_the_suite() -> None:
-    from bench.cases import SIZES
+    from bench.op import SIZES
 
     assert sorted(bench_train.ALL_SIZES) == sorted(SIZES)
     assert set(bench_train.STEP_TOKENS) <= set(SIZES)

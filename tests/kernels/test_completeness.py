@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from kernel_proof import REPOSITORY, Mutant
 
-from bench.cases import OPS
+from bench.op_table import OPS
 from pythia_fast.kernels import reference
 from pythia_fast.kernels.aot_case import AotCase
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.cases import find
 from bench.check import Task, check_case, plan
+from bench.op_table import find
 from bench.runner import DTYPES
 
 TASKS = [(task, dtype) for task in plan(None, False) if not task.tool for dtype in task.dtypes]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.cases import OPS, SIZES, Draw, Op, find, results, shape
 from bench.check import TINY
+from bench.op import SIZES, Draw, Op, results, shape
+from bench.op_table import OPS, find
 
 TOKEN_BYTES = {  # bf16 elements of h a token, forward and backward
     "layer_norm": (2, 3),
