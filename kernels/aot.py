@@ -196,11 +196,11 @@ def violations(case: AotCase, row: dict[str, Any]) -> list[str]:
     found = []
     if row["spill_bytes"] is None:
         found.append("registers and spills unknown: cuobjdump could not read the cubin")
-    elif row["spill_bytes"] > case.spill_budget:
-        found.append(f"spills {row['spill_bytes']} bytes a thread, budget {case.spill_budget}")
+    elif row["spill_bytes"] > (budget := spill_budget(case, row["arch"])):
+        found.append(f"spills {row['spill_bytes']} bytes a thread, budget {budget}")
     if loop := row["hot_loop"]:
         found += _loop_violations(case, loop, row["arch"])
-    limit = SHARED_LIMIT[row["arch"]]
+    limit = case.shared_budget or SHARED_LIMIT[row["arch"]]
     if row["shared_bytes"] > limit:
         found.append(f"needs {row['shared_bytes']} bytes of shared memory, the chip has {limit}")
     elif (fit := resident(row)) is not None and fit < case.per_sm:
@@ -220,10 +220,16 @@ def violations(case: AotCase, row: dict[str, Any]) -> list[str]:
     return found
 
 
+def spill_budget(case: AotCase, arch: str) -> int:
+    return case.spill_budget if isinstance(case.spill_budget, int) else case.spill_budget[arch]
+
+
 def _loop_violations(case: AotCase, loop: dict[str, Any], arch: str) -> list[str]:
     found = []
     if loop["spills"] > LOOP_SPILLS * loop["instructions"]["issue"]:
         found.append(f"the hot loop spills ({loop['spills']} accesses to local memory)")
+    if case.ordered and not loop["ordered"]:
+        found.append("no barrier between the last atomic and the next turn of the loop around it")
     if not case.loop_flops:
         return found
     if loop["selects"]:

@@ -28,6 +28,9 @@ class AotCase:
     not_aligned: tuple[str, ...] = ()  # pointers and integers that are not multiples of 16
     per_sm: int = 1  # programs of a launch that an SM must hold together: a walk is one wave
     matrix: bool = False  # a matrix instruction must appear
+    ordered: bool = False  # a barrier ends each turn of the loop around the loop with atomics
     loop_flops: int = 0  # matrix FLOPs that an iteration of the hot loop needs, 0: not asked
-    spill_budget: int = 0  # bytes a thread; the hot loop has a limit of its own
+    # bytes a thread, of all architectures or of each; the hot loop has a limit of its own
+    spill_budget: int | Mapping[str, int] = 0
+    shared_budget: int = 0  # bytes a block, 0: what the chip has
     architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")  # that launch it

@@ -204,7 +204,7 @@ def hot_loop(instructions: list[Instruction], labels: dict[str, int]) -> list[In
         body = (i for b in loop for i in instructions[blocks[b][0] : blocks[b][1]])
         return sum(i.pipe == "tensor" if has_matrix else i.is_global_access for i in body)
 
-    loops = [loop for loop in _natural_loops(successors) if weight(loop)]
+    loops = [loop for loop in _natural_loops(successors).values() if weight(loop)]
     innermost = [a for a in loops if not any(b < a for b in loops)]
     if not innermost:
         return None
@@ -216,11 +216,45 @@ def hot_loop(instructions: list[Instruction], labels: dict[str, int]) -> list[In
     return [i for b in sorted(chosen) for i in instructions[blocks[b][0] : blocks[b][1]]]
 
 
+def barrier_follows_atomics(instructions: list[Instruction], labels: dict[str, int]) -> bool | None:
+    """Whether every way from an atomic to the next turn of the widest loop around it has a barrier.
+
+    Then no thread of a block begins that turn while another still adds. None where no loop holds
+    an atomic.
+    """
+    blocks, successors = _control_flow(instructions, labels)
+    atomic = [i.opcode.startswith(("RED", "ATOM")) for i in instructions]
+    barrier = [i.opcode.startswith("BAR") for i in instructions]
+    holding = {b for b, (start, end) in enumerate(blocks) if any(atomic[start:end])}
+    around = {header: loop for header, loop in _natural_loops(successors).items() if loop & holding}
+    if not around:
+        return None
+    widest = max(around, key=lambda header: len(around[header]))
+    reached: set[int] = set()
+    stack = []
+    for block in holding & around[widest]:
+        start, end = blocks[block]
+        last = max(n for n in range(start, end) if atomic[n])
+        if not any(barrier[last:end]):
+            stack += successors[block]
+    while stack:
+        block = stack.pop()
+        if block in reached or block not in around[widest]:
+            continue
+        reached.add(block)
+        if not any(barrier[slice(*blocks[block])]):
+            stack += successors[block]
+    return widest not in reached
+
+
 def _control_flow(
     instructions: list[Instruction], labels: dict[str, int]
 ) -> tuple[list[tuple[int, int]], list[list[int]]]:
-    """Basic blocks as [start, end) and the successors of each. Calls return; nothing else jumps."""
-    ends_block = re.compile(r"(BRA|BRX|EXIT|RET|KILL)\b")
+    """Basic blocks as [start, end) and the successors of each.
+
+    CALL.REL may return or be a far jump, which ptxas writes so: both ways are taken.
+    """
+    ends_block = re.compile(r"(BRA|BRX|EXIT|RET|KILL|CALL\.REL)\b")
     starts = {0, *labels.values()}
     starts |= {n + 1 for n, i in enumerate(instructions) if ends_block.match(i.opcode)}
     ordered = sorted(s for s in starts if s < len(instructions))
@@ -231,18 +265,19 @@ def _control_flow(
         last = instructions[end - 1]
         out = []
         target = _TARGET.search(last.operands)
-        if last.opcode.startswith("BRA") and target and labels[target[1]] in block_of:
+        if last.opcode.startswith(("BRA", "CALL.REL")) and target and labels[target[1]] in block_of:
             out.append(block_of[labels[target[1]]])
         # `BRA.U UP0, L` and `BRA.DIV UR4, L` carry their condition as an operand
         conditional = bool(last.predicate) or "," in last.operands
+        conditional |= last.opcode.startswith("CALL")
         if (conditional or not ends_block.match(last.opcode)) and number + 1 < len(blocks):
             out.append(number + 1)
         successors.append(out)
     return blocks, successors
 
 
-def _natural_loops(successors: list[list[int]]) -> list[frozenset[int]]:
-    """One set of blocks a loop header; back edges are the edges to a dominator."""
+def _natural_loops(successors: list[list[int]]) -> dict[int, frozenset[int]]:
+    """By loop header, the blocks of the loop; back edges are the edges to a dominator."""
     predecessors: list[list[int]] = [[] for _ in successors]
     for source, out in enumerate(successors):
         for target in out:
@@ -267,7 +302,7 @@ def _natural_loops(successors: list[list[int]]) -> list[frozenset[int]]:
         for header in successors[source]:
             if dominators[source] >> header & 1:
                 loops[header] |= _body(header, source, predecessors)
-    return [frozenset(loop) for loop in loops.values()]
+    return {header: frozenset(loop) for header, loop in loops.items()}
 
 
 def _reachable(successors: list[list[int]]) -> set[int]:
@@ -322,6 +357,7 @@ def hot_loop_report(sass: str, arch: int, warps: int, tcgen05: int | None) -> di
         "global_bytes": moved,
         "bytes_per_cycle": moved / bound,
         "flops": flops,
+        "ordered": barrier_follows_atomics(instructions, labels),
         "spills": sum(i.opcode.startswith(("LDL", "STL")) for i in counted) if body else 0,
         "selects": sum(i.opcode == "FSEL" for i in counted),
         "cycles": cycles,

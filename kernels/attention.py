@@ -22,8 +22,8 @@ where registers do not hold dk, dv and dq, each has a launch of its own (eight p
 FLOPs: forward 2·B·H·T²·D (causal), backward 2.5 times that (4 times at D = 256). Bytes for e = 2,
 M = B·T: forward 4·e·M·h, 4·M·H (lse) and the rotation's e·M·h; backward 9·e·M·h (delta 2, qkv 3,
 d_ctx 1, dqkv 3) and for the scratch 4·M·h·(T/(2·keys) + segments), much of it in L2; what several
-tiles of a head read again comes from L2. Bound by exponentials at D ≤ 64 (one a score, forward and
-backward), by products and what wgmma reads from shared memory above.
+tiles of a head read again may come from L2. By the sm_90 report the forward is bound by
+exponentials and shared memory at D ≤ 64 and by products above, the backward by shared memory.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from pythia_fast.kernels.attention_tiles import (
     add_keys,
     attention_cases,
     check_attention_qkv,
+    check_attention_tables,
     check_ctx,
     check_documents,
     dot_rows,
@@ -57,6 +58,7 @@ from pythia_fast.kernels.attention_tiles import (
     tile_on,
     zero_parts,
 )
+from pythia_fast.kernels.checks import rows_overlap
 from pythia_fast.kernels.rotary import rotary_fwd
 
 # By head dim: tiles for 227 KB of shared memory a block (sm_90, sm_100), and for 99 KB. Chosen by
@@ -191,8 +193,7 @@ def attention_fwd(
 def _check_out(out: Tensor, qkv: Tensor) -> None:
     """out is (B, T, H·D), its rows are apart from each other and lie in other memory than qkv."""
     check_ctx(out, "out", qkv)
-    h = out.shape[2]
-    if any(n > 1 and s < h for n, s in zip(out.shape[:2], out.stride(), strict=False)):
+    if out.numel() and rows_overlap(out, out.shape[2]):
         raise ValueError(f"out: strides {out.stride()} of shape {tuple(out.shape)} overlap")
     if out.numel() and out.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr():
         raise ValueError("out: shares memory with qkv, which is read while out is written")
@@ -207,6 +208,9 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, doc_start, deterministic):
+        check_attention_qkv(qkv)
+        check_attention_tables(cos, sin, qkv)
+        check_documents(doc_start, qkv)
         if cos is not None:
             rotary_fwd(qkv, cos, sin)
             torch.autograd.graph.increment_version(qkv)
@@ -240,16 +244,14 @@ def attention(
     strides of B and T, *consumed*: q and k are turned in place where tables are given, so a leaf
     that requires grad is refused. cos, sin (≥T, R/2), any floating dtype, both or neither.
     doc_start (B, T) int32, the position where the document of each position begins: nothing before
-    it is seen (nondecreasing in T, at most the position itself). deterministic: whether the
+    it is seen. Nondecreasing in T, from 0 to the position itself: checked on a CPU; on a GPU other
+    values give wrong numbers, but nothing outside of the row is read. deterministic: whether the
     gradient repeats bit for bit. Returns (B, T, H·D). Source: Dao 2023, arXiv 2307.08691.
     """
-    if (cos is None) != (sin is None):
-        raise ValueError("cos, sin: both or neither")
-    if (
-        cos is not None and isinstance(qkv, Tensor)
-        and qkv.is_leaf and qkv.requires_grad and torch.is_grad_enabled()
-    ):  # fmt: skip
-        raise ValueError("qkv: a leaf that requires grad cannot be rotated in place; pass a clone")
+    if cos is not None and torch.is_grad_enabled() and isinstance(qkv, Tensor):
+        own = qkv if qkv._base is None else qkv._base
+        if own.is_leaf and own.requires_grad:
+            raise ValueError("qkv: a leaf that requires grad cannot be turned in place")
     return AttentionFunction.apply(qkv, cos, sin, doc_start, deterministic)
 
 

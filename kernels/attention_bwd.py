@@ -18,6 +18,7 @@ from pythia_fast.kernels.attention_tiles import (
     add_dot,
     attention_cases,
     check_attention_qkv,
+    check_attention_tables,
     check_ctx,
     check_documents,
     dot_rows,
@@ -33,7 +34,6 @@ from pythia_fast.kernels.attention_tiles import (
     zero_parts,
 )
 from pythia_fast.kernels.checks import check
-from pythia_fast.kernels.rotary import check_tables
 from pythia_fast.kernels.rows import programs
 
 # By head dim: (sm_90 and sm_100, 99 KB of shared memory), as in `attention.py`.
@@ -242,8 +242,9 @@ def attention_bwd(
     batch, positions, heads, packed = qkv.shape
     shape = (batch, heads, positions)
     check(lse, "lse", dtypes=(torch.float32,), shape=shape, device=qkv.device)
-    if cos is not None and sin is not None:
-        check_tables(cos, sin, qkv)
+    if not lse.is_contiguous():
+        raise ValueError(f"lse: strides {lse.stride()}, must be contiguous")
+    check_attention_tables(cos, sin, qkv)
     d_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if not batch * heads:
         return d_qkv
@@ -354,15 +355,23 @@ def aot_cases() -> Iterator[AotCase]:
     """All launches at every head dim, with fp32 tables, without and with documents."""
     kernel, launches = _attention_bwd_kernel, []
     for d, tiles in BACKWARD.items():
-        launches.append(("backward", d, tiles, 5, (), {"DK": True, "DV": True}))
-    for d, tiles in DK_APART.items():
-        launches.append(("dk", d, tiles, 3, ("dq",), {"DK": True, "DV": False}))
-    for d, tiles in DV_APART.items():
-        launches.append(("dv", d, tiles, 2, ("dq",), {"DK": False, "DV": True}))
+        # Triton makes constants of ones, so each of these is a kernel of its own
+        for what, absent, ones in (
+            ("backward", ("doc_end",), {}),
+            ("one segment", ("doc_end",), {"segments": 1}),
+            ("any order", ("doc_end",), {"dq_is_zero": 1}),
+            ("documents", (), {"dq_is_zero": 1}),
+        ):
+            flags = {"DK": True, "DV": True} | ones
+            launches.append((what, d, tiles, 5, absent, flags))
+    for tables, dk, products in ((DK_APART, True, 3), (DV_APART, False, 2)):
+        for d, tiles in tables.items():
+            for what, absent in (("", ("dq", "doc_end")), ("documents ", ("dq",))):
+                name = what + ("dk" if dk else "dv")
+                launches.append((name, d, tiles, products, absent, {"DK": dk, "DV": not dk}))
     for what, d, tiles, products, absent, flags in launches:
-        no_documents = (*absent, "doc_end")
-        yield from attention_cases(what, kernel, d, tiles, no_documents, products, **flags)
-        yield from attention_cases(f"documents {what}", kernel, d, tiles, absent, products, **flags)
+        ordered = products == 5
+        yield from attention_cases(what, kernel, d, tiles, absent, products, ordered, **flags)
     for d in HEAD_DIMS:
         rows = Tile(ROW_TILE, ROW_TILE, warps=4, stages=3)
         wide = ("ctx", "d_ctx")

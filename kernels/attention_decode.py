@@ -41,6 +41,7 @@ from pythia_fast.kernels.checks import check
 from pythia_fast.kernels.rows import column_blocks, programs
 
 QUERIES = 16
+# 16 queries are no wgmma shape: mma.sync, whose tiles 4 warps may share at any width
 TILES = {
     32: Tile(QUERIES, 128, warps=4, stages=3),
     64: Tile(QUERIES, 64, warps=4, stages=3),
@@ -217,24 +218,29 @@ def _check_inputs(
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Both launches at every head dim, with padded rows."""
+    """Both launches at every head dim, without and with padded rows."""
     fp32 = dict.fromkeys(("acc", "row_max", "row_sum"), "*fp32")
+    decode, combine = _attention_decode_kernel, _attention_combine_kernel
     for dtype in ("bf16", "fp16"):
         half = dict.fromkeys(("q", "keys", "values", "ctx"), f"*{dtype}")
         types = half | fp32 | {"first": "*i32", "scale_log2": "fp32"}
         for d, tile in TILES.items():
             values = {"D": d, "PARTS": column_blocks(d), "BLOCK_M": QUERIES, "BLOCK_N": tile.keys}
-            for kernel in (_attention_decode_kernel, _attention_combine_kernel):
-                constexprs = {n: values[n] for n in kernel.arg_names if n in values}
+            for what, kernel, absent in (
+                ("decode", decode, {"first": None}),
+                ("padded decode", decode, {}),
+                ("combine", combine, {}),
+            ):
+                constexprs = {n: values[n] for n in kernel.arg_names if n in values} | absent
                 own = types | dict.fromkeys(constexprs, "constexpr")
                 yield AotCase(
-                    name=f"D={d} {kernel.__name__.split('_')[2]} {dtype}",
+                    name=f"D={d} {what} {dtype}",
                     kernel=kernel,
                     signature={n: own.get(n, "i32") for n in kernel.arg_names},
                     constexprs=constexprs,
                     num_warps=tile.warps,
-                    num_stages=tile.stages,
-                    wide=tuple(n for n in ("keys", "values") if n in kernel.arg_names),
+                    num_stages=tile.stages if kernel is decode else 3,
+                    wide=("keys", "values") if kernel is decode else (),
                     not_aligned=("Q", "H", "filled", "stretches"),
-                    matrix=kernel is _attention_decode_kernel,
+                    matrix=kernel is decode,
                 )

@@ -52,11 +52,11 @@ def _attention_bwd_sum_kernel(
     stride_sin,
     stride_segment,
     segments,
+    keys,  # of a tile of the kernel that wrote dq, a multiple of BLOCK_T
     D: tl.constexpr,
     PARTS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # keys of a tile of the kernel that wrote dq, a multiple of BLOCK_T
 ):
     i_h = tl.program_id(0) % H  # the heads of a position lie side by side
     o_t = tl.program_id(0) // H * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -64,8 +64,8 @@ def _attention_bwd_sum_kernel(
     m_t = o_t < T
     p_out = d_qkv + i_b * T * (3 * D * H) + i_h * (3 * D) + o_t * (3 * D * H)
     p_head = dq + (i_b * H + i_h) * D * PADDED
-    # segment s begins with key s·BLOCK_N, which no query before it sees
-    last = tl.minimum(segments, tl.program_id(0) // H * BLOCK_T // BLOCK_N + 1)
+    # segment s begins with key s·keys, which no query before it sees
+    last = tl.minimum(segments, tl.program_id(0) // H * BLOCK_T // keys + 1)
     for i in tl.static_range(len(PARTS)):
         p = p_head + part_columns(i, PARTS)[:, None] * PADDED + o_t[None, :]
         b_sum = tl.load(p)  # (width, BLOCK_T)
@@ -191,7 +191,7 @@ def add_segments(dq: Tensor, d_qkv: Tensor, tables: dict[str, Any], keys: int) -
         D=d,
         PARTS=column_blocks(d),
         BLOCK_T=ROW_TILE,
-        BLOCK_N=keys,
+        keys=keys,
         **tables,
         num_warps=4,
     )
@@ -217,7 +217,7 @@ def aot_cases() -> Iterator[AotCase]:
     for d, tiles in DQ_APART.items():
         yield from attention_cases("dq", kernel, d, tiles, ("doc_start",), 3)
         yield from attention_cases("documents dq", kernel, d, tiles, (), 3)
-    for d in HEAD_DIMS:
-        if d not in DQ_APART:
-            wide = ("dq", "d_qkv")
-            yield from attention_cases("sum", _attention_bwd_sum_kernel, d, (rows, rows), wide=wide)
+    kernel, wide = _attention_bwd_sum_kernel, ("dq", "d_qkv")
+    for d in [d for d in HEAD_DIMS if d not in DQ_APART]:
+        yield from attention_cases("sum", kernel, d, (rows, rows), wide=wide)
+        yield from attention_cases("one sum", kernel, d, (rows, rows), wide=wide, segments=1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pythia_fast.kernels.aot_case import AotCase
 from pythia_fast.kernels.checks import INTERPRETED, check
-from pythia_fast.kernels.rotary import check_qkv, rotate_pairs
+from pythia_fast.kernels.rotary import check_qkv, check_tables, rotate_pairs
 from pythia_fast.kernels.rows import column_blocks, start, width
 
 HEAD_DIMS = (32, 64, 80, 128, 256)
@@ -32,7 +32,9 @@ HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else HALVES
 
 
-SPILLS = 640  # bytes a thread, of what outlives a loop; aot.py bounds what the loop itself spills
+# bytes a thread, of what outlives the loops; aot.py bounds what the loop itself spills
+SPILLS = {"sm_80": 288, "sm_90": 64, "sm_100": 640}
+SMALL_SHARED = 99 * 1024  # bytes a block, what the second tiles are made for
 ROW_TILE = 64  # positions of a program that does no products
 
 
@@ -69,8 +71,9 @@ def key_ranges(i_m, T, p_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     i_full = 0
     if p_start is not None:
         i_begin = tl.load(p_start + i_m) // BLOCK_N * BLOCK_N
+        i_begin = tl.minimum(tl.maximum(i_begin, 0), i_edge)  # in bounds whatever is given
         i_full = tl.cdiv(tl.load(p_start + i_end - 1), BLOCK_N) * BLOCK_N
-        i_full = tl.minimum(i_full, i_edge)
+        i_full = tl.minimum(tl.maximum(i_full, i_begin), i_edge)
     return i_begin, i_full, i_edge, i_end
 
 
@@ -256,12 +259,34 @@ def check_ctx(ctx: Tensor, name: str, qkv: Tensor) -> None:
         raise ValueError(f"{name}: strides {ctx.stride()}, a row must span less than 2^31 elements")
 
 
+def turns(d: int, half: int) -> bool:
+    """Whether the first 2·half of d dims lie in one part, where `rotate_back` can turn them."""
+    return 2 * half <= column_blocks(d)[0]
+
+
+def check_attention_tables(cos: Tensor | None, sin: Tensor | None, qkv: Tensor) -> None:
+    """cos and sin are tables for qkv (B, T, H, 3·D), or both None."""
+    if cos is None or sin is None:
+        if cos is not sin:
+            raise ValueError("cos, sin: both or neither")
+        return
+    check_tables(cos, sin, qkv)
+    d, half = qkv.shape[3] // 3, cos.shape[1]
+    if not turns(d, half):
+        most = column_blocks(d)[0]
+        raise ValueError(f"cos: {2 * half} rotary dims of {d}, at most the first {most} can turn")
+
+
 def check_documents(doc_start: Tensor | None, qkv: Tensor) -> None:
     if doc_start is not None:
         shape = qkv.shape[:2]
         check(doc_start, "doc_start", dtypes=(torch.int32,), shape=shape, device=qkv.device)
         if not doc_start.is_contiguous():
             raise ValueError(f"doc_start: strides {doc_start.stride()}, must be contiguous")
+        if doc_start.device.type == "cpu" and doc_start.numel():  # on a GPU this would wait
+            at = torch.arange(shape[1], dtype=torch.int32)
+            if doc_start.min() < 0 or (doc_start > at).any() or (doc_start.diff(dim=1) < 0).any():
+                raise ValueError("doc_start: must be nondecreasing, from 0 to the position")
 
 
 def attention_cases(
@@ -271,12 +296,14 @@ def attention_cases(
     tiles: tuple[Tile, Tile],
     absent: tuple[str, ...] = (),
     products: int = 0,
+    ordered: bool = False,
     wide: tuple[str, ...] = (),
     **constexprs: object,
 ) -> Iterator[AotCase]:
     """A launch at head dim d in bf16 and fp16, by the tile of each architecture.
 
-    absent: arguments that are None; products: (queries, keys, D) products of a tile.
+    absent: arguments that are None; products: (queries, keys, D) products of a tile; ordered: as in
+    AotCase; constexprs: of the kernel, or arguments that Triton takes for constants.
     """
     counts = ("T", "H", "heads", "segments", "GROUP", "dq_is_zero")
     tables = () if d // 8 % 16 == 0 else ("stride_cos", "stride_sin")
@@ -302,6 +329,8 @@ def attention_cases(
                 wide=wide,
                 not_aligned=tuple(n for n in (*counts, *tables) if n in kernel.arg_names),
                 matrix=products > 0,
+                ordered=ordered,
                 loop_flops=2 * products * tile.queries * tile.keys * d,
-                spill_budget=SPILLS,
+                spill_budget=SPILLS if products else 0,
+                shared_budget=SMALL_SHARED if architectures == ("sm_80",) else 0,
             )

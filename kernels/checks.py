@@ -92,6 +92,17 @@ def grad_rows(grad: Tensor, name: str, like: Tensor) -> Tensor:
     return grad.reshape(-1, like.shape[-1])
 
 
+def rows_overlap(tensor: Tensor, row: int) -> bool:
+    """Whether rows of `row` elements, one for each index of the first two dims, share any."""
+    extent = row
+    counted = zip(tensor.shape[:2], tensor.stride(), strict=False)
+    for count, stride in sorted(((n, s) for n, s in counted if n > 1), key=lambda pair: pair[1]):
+        if stride < extent:
+            return True
+        extent += stride * (count - 1)
+    return False
+
+
 def _matches(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
     return len(shape) == len(wanted) and all(
         w is None or n == w for n, w in zip(shape, wanted, strict=True)

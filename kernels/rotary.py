@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pythia_fast.kernels.aot_case import AotCase
-from pythia_fast.kernels.checks import check
+from pythia_fast.kernels.checks import check, rows_overlap
 
 # By R/2: elements of x1 that a program holds (BLOCK_T · BLOCK_H · R/2, rounded up), and warps.
 TILE_SIZE = {4: 1024, 8: 1024, 10: 2048, 16: 1024, 32: 1024}
@@ -186,7 +186,7 @@ def check_qkv(qkv: Tensor) -> None:
         raise ValueError(f"qkv: shape {tuple(qkv.shape)}, expected (B, T, H, 3·D)")
     if heads > 1 and qkv.stride(2) != packed:
         raise ValueError(f"qkv: strides {qkv.stride()}, heads must lie {packed} elements apart")
-    if any(n > 1 and s < heads * packed for n, s in zip(qkv.shape[:2], qkv.stride(), strict=False)):
+    if qkv.numel() and rows_overlap(qkv, heads * packed):
         raise ValueError(f"qkv: strides {qkv.stride()} of shape {tuple(qkv.shape)} overlap")
     if qkv.shape[0] > MAX_BATCH:
         raise ValueError(f"qkv: batch {qkv.shape[0]}, at most {MAX_BATCH} (the grid's third axis)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import ModuleType
@@ -127,6 +128,43 @@ def test_operands_that_wgmma_reads_from_shared_memory(rows: dict) -> None:
     operands = 2 * (64 * 64 + 64 * 128) * 2
     loaded = (128 + 128) * 64 * 2
     assert loop["cycles"]["shared"] == (operands + loaded) / 128
+
+
+LOOPS = """
+.text.kernel:
+        /*0000*/                   MOV R1, R2 ;
+.L_x_0:
+        /*0010*/                   IADD3 R3, R3, 0x1, RZ ;
+.L_x_1:
+        /*0020*/                   {before} ;
+        /*0030*/                   RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R4.64], R5 ;
+        /*0040*/                   {after} ;
+        /*0050*/              @P0 BRA `(.L_x_1) ;
+        /*0060*/                   {outside} ;
+        /*0070*/              @P1 BRA `(.L_x_0) ;
+        /*0080*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "ordered"), [("before", False), ("after", True), ("outside", True), (None, False)]
+)
+def test_barrier_between_atomics_and_the_next_turn(where: str | None, ordered: bool) -> None:
+    places = dict.fromkeys(("before", "after", "outside"), "NOP")
+    if where:
+        places[where] = "BAR.SYNC.DEFER_BLOCKING 0x0"
+    code = assembly.parse_sass(LOOPS.format(**places))
+    assert assembly.barrier_follows_atomics(*code) is ordered
+    without = LOOPS.replace("RED.E.ADD", "FADD").format(**places)
+    assert assembly.barrier_follows_atomics(*assembly.parse_sass(without)) is None
+
+
+def test_budgets_of_an_architecture_and_of_shared_memory(rows: dict) -> None:
+    case = next(c for c in aot_faults.aot_cases() if c.name == "good matmul")
+    row = rows["good matmul", "sm_80"] | {"spill_bytes": 9, "shared_bytes": 1000}
+    for budget, shared, lines in (({"sm_80": 9}, 0, 0), ({"sm_80": 8}, 0, 1), (9, 999, 1)):
+        own = dataclasses.replace(case, spill_budget=budget, shared_budget=shared)
+        assert len(aot.violations(own, row)) == lines
 
 
 def test_rows_are_json_lines(rows: dict) -> None:

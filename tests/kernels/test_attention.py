@@ -41,6 +41,8 @@ MUTANTS = [
     Mutant("dk not scaled", BACKWARD, "b_x = b_dk[i] * scale", "b_x = b_dk[i]"),
     Mutant("dk not turned back", BACKWARD, "if cos is not None and i == 0:", "if cos is not None and i == 1:"),
     Mutant("dk and dv swapped", BACKWARD, "store_part(p_dk + D, b_dv[i]", "store_part(p_dk + D, b_dk[i]"),
+    Mutant("dv turned back", BACKWARD, "store_part(p_dk + D, b_dv[i], m_k, i, PARTS)", "store_part(p_dk + D, rotate_back(b_dv[i], o_k, m_k, cos, sin, stride_cos, stride_sin, HALF) if i == 0 else b_dv[i], m_k, i, PARTS)"),
+    Mutant("a maximum of 0 before any score", FORWARD, "tl.full((BLOCK_M,), LOWEST, tl.float32)", "tl.full((BLOCK_M,), 0.0, tl.float32)"),
     Mutant("first segment only", BACKWARD, "segments * BLOCK_N):", "T):"),
     Mutant("every key tile begins dq", BACKWARD, "begin_dq = (i_n == i_segment * BLOCK_N) & (dq_is_zero == 0)", "begin_dq = dq_is_zero == 0"),
     Mutant("no key tile begins dq", BACKWARD, "begin_dq = (i_n == i_segment * BLOCK_N) & (dq_is_zero == 0)", "begin_dq = i_n < 0"),
@@ -201,6 +203,9 @@ def check(module: ModuleType) -> None:
         patch.start()
     op = module.attention if name == "attention" else kernels.attention
     try:
+        qkv, grad, *tables = inputs(2, 40, 1, 64, torch.float32)
+        qkv[..., 0], qkv[..., 64] = 60.0, -60.0  # scores near −450: 2^(score) is 0 in fp32
+        compare(op, qkv, grad)
         for d in (64, 80, 256):
             qkv, grad, *tables = inputs(2, 257, 2 if d == 64 else 1, d, torch.float32)
             with segments(2), poisoned_empty():
@@ -209,6 +214,17 @@ def check(module: ModuleType) -> None:
     finally:
         for patch in patches:
             patch.stop()
+
+
+def far_and_near(op) -> None:
+    """Rows 2³⁰ elements apart and side by side: the same bits, forward and backward."""
+    near = normal(3, 1, 1, 192, dtype=torch.float16)
+    far = far_rows(near.view(3, 192)).view(3, 1, 1, 192)
+    results = []
+    for qkv in (near, far):
+        ctx, lse = op.__globals__["attention_fwd"](qkv)
+        results.append((ctx, op.__globals__["attention_bwd"](qkv, ctx, lse, ctx)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @contextmanager
@@ -346,9 +362,7 @@ def test_reference_passes_gradcheck() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    qkv, *_ = inputs(3, 1, 2, 64, torch.float16)
-    far = far_rows(qkv.view(3, 384)).view(3, 1, 2, 192)
-    assert torch.equal(kernels.attention_fwd(far)[0], kernels.attention_fwd(qkv)[0])
+    far_and_near(kernels.attention)
 
 
 @triton.jit
@@ -383,6 +397,34 @@ def test_segments_fill_the_device(heads: int) -> None:
     assert count == 1 or heads < 1000
 
 
+def test_a_refused_call_leaves_qkv() -> None:
+    qkv, _, *tables = inputs(2, 5, 4, 64, torch.float32)
+    kept = qkv.clone()
+    for arguments, error in (
+        ((*tables, documents(2, 5).long()), "doc_start: dtype"),
+        ((tables[0][:4], tables[1]), "cos: shape"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            kernels.attention(qkv, *arguments)
+    assert torch.equal(qkv, kept)
+
+
+def test_rotary_dims_beyond_the_first_part() -> None:
+    """At D = 80 the first 64 dims can turn (R = 20 in the suite); all of 64 at D = 64."""
+    qkv, grad, *_ = inputs(1, 9, 1, 80, torch.float32)
+    for half, taken in ((32, True), (36, False), (40, False)):
+        tables = [t(torch.rand(9, half, device=DEVICE)) for t in (torch.cos, torch.sin)]
+        if taken:
+            compare(kernels.attention, qkv, grad, tables)
+        else:
+            with pytest.raises(ValueError, match=f"cos: {2 * half} rotary dims of 80"):
+                kernels.attention(qkv, *tables)
+    qkv, grad, *_ = inputs(1, 9, 1, 64, torch.float32)
+    for half in (1, 5, 32):
+        tables = [t(torch.rand(9, half, device=DEVICE)) for t in (torch.cos, torch.sin)]
+        compare(kernels.attention, qkv, grad, tables)
+
+
 def test_empty_batch() -> None:
     tables = [torch.ones(4, 8, device=DEVICE)] * 2
     leaf = torch.zeros(0, 4, 2, 192, device=DEVICE, requires_grad=True)
@@ -413,6 +455,21 @@ def test_bad_input_names_the_argument() -> None:
         kernels.attention(qkv, doc_start=documents(2, 4))
     with pytest.raises(ValueError, match="doc_start: strides"):
         kernels.attention(qkv, doc_start=documents(5, 2).t())
+    if DEVICE == "cpu":
+        for values in ([-1, 0, 0], [0, 2, 2], [0, 1, 0]):
+            with pytest.raises(ValueError, match="doc_start: must be nondecreasing"):
+                kernels.attention(qkv[:1, :3], doc_start=torch.tensor([values]).int())
+    view = qkv.clone().requires_grad_()[..., :]
+    with pytest.raises(ValueError, match="qkv: a leaf that requires grad"):
+        kernels.attention(view, cos, sin)
+    crossed = torch.empty(1000, device=DEVICE).as_strided((2, 3, 1, 192), (192, 192, 192, 1))
+    with pytest.raises(ValueError, match="overlap"):
+        kernels.attention(crossed)
+    ctx, lse = kernels.attention_fwd(qkv)
+    with pytest.raises(ValueError, match="lse: strides"):
+        attention_bwd.attention_bwd(qkv, ctx, lse.transpose(0, 1).contiguous().transpose(0, 1), ctx)
+    with pytest.raises(ValueError, match="cos, sin: both or neither"):
+        attention_bwd.attention_bwd(qkv, ctx, lse, ctx, cos)
     with pytest.raises(ValueError, match="out: shape"):
         kernels.attention_fwd(qkv, out=grad[..., 1:])
     with pytest.raises(ValueError, match="out: shares memory with qkv"):

@@ -14,7 +14,8 @@ from kernel_proof import REPOSITORY
 
 SCRIPT = Path("tests/support/launch_without_gpu.py")
 LAUNCHED = (
-    "adam", "adam_list", "cross_entropy", "cross_entropy_shards", "gelu", "layer_norm",
+    "adam", "adam_list", "attention", "attention_bwd", "attention_decode", "attention_dq",
+    "cross_entropy", "cross_entropy_shards", "gelu", "layer_norm",
     "parallel_residual", "rotary", "rows",
 )  # fmt: skip
 

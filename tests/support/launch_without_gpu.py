@@ -67,6 +67,8 @@ def run(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **keywords:
 def record(self: JITFunction, *, grid: Any, warmup: bool, **keywords: Any) -> None:
     """What an AotCase says of a launch."""
     constant = {p.name for p in self.params if p.is_constexpr}
+    # Triton makes constants of ones: these two decide the form of a kernel
+    constant |= {n for n in ("segments", "dq_is_zero") if keywords.get(n) == 1}
     constexprs = {n: keywords[n] for n in self.arg_names if n in constant or keywords[n] is None}
     row = {"kernel": self.__name__, "constexprs": constexprs}
     row |= {"num_warps": keywords["num_warps"], "num_stages": keywords.get("num_stages", 3)}
@@ -82,6 +84,7 @@ from pythia_fast.kernels import (  # noqa: E402
     attention,
     attention_bwd,
     attention_decode,
+    attention_dq,
     checks,
     cross_entropy,
     cross_entropy_shards,
@@ -156,16 +159,27 @@ def positions(batch: int, length: int, heads: int, dim: int) -> None:
         rotary.rotary_bwd(qkv, table.to(dtype), table.to(dtype))
 
 
-def attend(length: int, heads: int, dim: int) -> None:
+def attend(length: int, heads: int, dim: int, segments: int) -> None:
+    attention_bwd._segments = lambda heads, key_tiles, sms: min(segments, key_tiles)
     qkv, table = torch.randn(1, length, heads, 3 * dim).to(BF16), torch.randn(length, dim // 8)
     starts = torch.zeros(1, length, dtype=torch.int32)
     for doc_start in (None, starts):
         ctx, lse = attention.attention_fwd(qkv, doc_start)
         attention_bwd.attention_bwd(qkv, ctx, lse, ctx, table, table, doc_start)
-    attention_bwd.attention_bwd(qkv, ctx, lse, ctx, deterministic=False)
+    attention_bwd.attention_bwd(qkv, ctx, lse, ctx, table, table, deterministic=False)
+    if not RECORD:
+        attention_bwd.attention_bwd(qkv, ctx, lse, ctx)
     cache = torch.randn(1, heads, length, dim).to(BF16)
     for first in (None, torch.zeros(1, dtype=torch.int32)):
         attention_decode.attention_decode(qkv[:, -1:, :, :dim], cache, cache, length, first)
+
+
+def one_segment(length: int, heads: int, dim: int) -> None:
+    """The walk over all key tiles of a head by one program; Triton makes a constant of the 1."""
+    attention_bwd._segments = lambda heads, key_tiles, sms: 1
+    qkv, table = torch.randn(1, length, heads, 3 * dim).to(BF16), torch.randn(length, dim // 8)
+    ctx, lse = attention.attention_fwd(qkv)
+    attention_bwd.attention_bwd(qkv, ctx, lse, ctx, table, table)
 
 
 def suite() -> None:
@@ -182,6 +196,12 @@ def suite() -> None:
         positions(1, 2, heads, dim)
     for weight in (torch.float16, BF16, None):
         optimizer(10000, weight)
+    for column in (0, 1):
+        for module in (attention, attention_bwd, attention_dq):
+            module.tile_on = lambda device, tiles, column=column: tiles[column]
+        for dim in attention.HEAD_DIMS:
+            attend(600, 2, dim, segments=2)
+            one_segment(600, 2, dim)
 
 
 if RECORD:
@@ -198,8 +218,8 @@ for size in (1, 10000):
     optimizer(size, None)
 for sizes in ((1, 1, 1, 32), (2, 5, 3, 80)):
     positions(*sizes)
-for heads, dim in ((3, 80), (16, 256)):
-    attend(17, heads, dim)
+for length, heads, dim, segments in ((17, 3, 80, 1), (600, 16, 64, 2), (300, 1, 256, 1)):
+    attend(length, heads, dim, segments)
 for name, count in sorted(compiled.items()):
     print(f"{name} {count}")
 for line in refused:
