@@ -6,7 +6,7 @@ import sys
 
 from bench.runner import main
 
-LABELS = ("attention_decode",)
+LABELS = ("attention_decode", "attention_decode padded")
 
 
 if __name__ == "__main__":

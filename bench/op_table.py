@@ -152,6 +152,15 @@ def _list(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
     return lists | decays | {name: flat[name] for name in ("lr", "step", "grad_scale")}
 
 
+def _padded(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    """Five new positions; rows begin later and later, the last with its last position."""
+    count = min(5, s.positions)
+    values = _cache(s, dtype, draw)
+    first = torch.linspace(0, s.positions - 1, s.batch, device=draw.device).int()
+    q = draw(s.batch, count, s.heads, s.head_dim, dtype=dtype)
+    return values | {"q": q, "first": first}
+
+
 def _heads(s: Shape) -> tuple[int, ...]:
     return (s.batch, s.positions, s.heads, s.head_dim)
 
@@ -220,14 +229,17 @@ OPS: tuple[Op, ...] = (
         repeats=False,
     ),
     _attention("attention documents", _documents),
-    Op(
-        label="attention_decode",
-        file="attention_decode",
-        name="attention_decode",
-        inputs=_cache,
-        key=_heads,
-        bytes_moved={"forward": lambda s, size: 2 * s.rows * s.hidden * size},
-        products=True,
+    *(
+        Op(
+            label=label,
+            file="attention_decode",
+            name="attention_decode",
+            inputs=inputs,
+            key=_heads,
+            bytes_moved={"forward": lambda s, size: 2 * s.rows * s.hidden * size},
+            products=True,
+        )
+        for label, inputs in (("attention_decode", _cache), ("attention_decode padded", _padded))
     ),
     Op(
         label="layer_norm",

@@ -1,8 +1,8 @@
 """Which attention a GPU runs: the project's kernel, or torch's where that measured faster here.
 
-With deterministic gradients there is one candidate, ours: torch's flash and cuDNN backends add dq
-in any order. Without, every shape is measured once, forward and backward together, on first use;
-the choice is kept in a file by GPU and versions, and said in the log.
+With deterministic gradients there is one candidate, ours: torch's flash and cuDNN backends, as they
+are by default, add dq in any order. Without, every shape is measured once, forward and backward
+together, on first use; the choice is kept in a file by GPU and versions, and said in the log.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.errors import TritonError
 
 from pythia_fast.data.files import publish
 from pythia_fast.kernels import attention, attention_decode, reference, rotary
 from pythia_fast.kernels.attention_decode import QUERIES
-from pythia_fast.kernels.attention_tiles import DTYPES, HEAD_DIMS
+from pythia_fast.kernels.attention_tiles import DTYPES, HEAD_DIMS, turns
 from pythia_fast.progress import say
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -71,10 +73,13 @@ class Fastest:
     def _measure(self, shape: str, qkv: Tensor, cos: Tensor, sin: Tensor) -> str:
         times: dict[str, float] = {}
         refused: dict[str, str] = {}
+        short = False
         for name, candidate in self.candidates.items():
             try:
                 times[name] = self._time(candidate, qkv, cos, sin)
-            except RuntimeError as error:  # a backend that does not take this shape
+            except torch.OutOfMemoryError:  # of this moment, not of the shape
+                refused[name], short = "out of memory", True
+            except (RuntimeError, TritonError) as error:  # a shape that it does not take
                 refused[name] = (str(error).splitlines() or ["refused"])[0]
         if not times:
             raise RuntimeError(f"attention of {shape}: " + "; ".join(refused.values()))
@@ -85,7 +90,8 @@ class Fastest:
         listed = ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
         listed += "".join(f", {name} refused: {why}" for name, why in refused.items())
         say(f"attention of {shape}, forward and backward: {listed}; {best} runs")
-        self._keep(shape, best)
+        if not short:
+            self._keep(shape, best)
         return best
 
     def _keep(self, shape: str, name: str) -> None:
@@ -100,9 +106,17 @@ class Fastest:
 
     def _time(self, candidate: Attention, qkv: Tensor, cos: Tensor, sin: Tensor) -> float:
         """Milliseconds of forward and backward on N(0, 1) values of the same shape."""
+        generator = torch.Generator(qkv.device).manual_seed(0)  # the run's own stays where it is
+
+        def normal(*size: int) -> Tensor:
+            return torch.empty(size, dtype=qkv.dtype, device=qkv.device).normal_(
+                generator=generator
+            )
+
         with torch.enable_grad():
-            leaf = torch.randn_like(qkv, requires_grad=True)
-            above = torch.randn_like(qkv[..., : qkv.shape[-1] // 3]).flatten(-2)
+            leaf = normal(*qkv.shape).requires_grad_()
+            batch, positions, heads, packed = qkv.shape
+            above = normal(batch, positions, heads * packed // 3)
 
             def call() -> None:
                 torch.autograd.grad(candidate(leaf * 1, cos, sin), leaf, above)
@@ -111,7 +125,10 @@ class Fastest:
 
 
 def select(device: torch.device, deterministic: bool) -> Attention:
-    """attention(qkv, cos, sin) for a device; deterministic: its gradient repeats bit for bit."""
+    """attention(qkv, cos, sin) for a device; deterministic: its gradient repeats bit for bit.
+
+    Where no kernel fits (head dim, dtype, rotary dims) torch's runs, as deterministic as torch is.
+    """
     ours = partial(attention.attention, deterministic=deterministic)
     fastest: Attention = ours
     if device.type == "cuda" and not deterministic:
@@ -122,7 +139,8 @@ def select(device: torch.device, deterministic: bool) -> Attention:
         fastest = Fastest(candidates, cuda_clock, cache_file(), _machine(device))
 
     def attend(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        taken = qkv.dtype in DTYPES and qkv.shape[-1] // 3 in HEAD_DIMS
+        d = qkv.shape[-1] // 3
+        taken = qkv.dtype in DTYPES and d in HEAD_DIMS and turns(d, cos.shape[1])
         return (fastest if taken else of_torch)(qkv, cos, sin)
 
     return attend
@@ -163,8 +181,11 @@ def _machine(device: torch.device) -> str:
         own = version("pythia-fast")
     except PackageNotFoundError:
         own = "source"
-    name = torch.cuda.get_device_name(device)
-    return f"{name}, torch {torch.__version__}, triton {triton.__version__}, pythia-fast {own}"
+    name, cudnn = torch.cuda.get_device_name(device), torch.backends.cudnn.version()
+    sources = sorted(Path(attention.__file__).parent.glob("attention*.py"))
+    digest = sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:12]
+    versions = f"torch {torch.__version__}, cudnn {cudnn}, triton {triton.__version__}"
+    return f"{name}, {versions}, pythia-fast {own} {digest}"
 
 
 def _read(cache: Path) -> dict[str, dict[str, str]]:

@@ -13,6 +13,8 @@ from pythia_fast import attention
 from pythia_fast.kernels import reference
 from pythia_fast.model import rotary_tables
 
+OUT_OF_MEMORY = -2.0
+
 
 class Candidates:
     """Three attentions that count their calls, and a clock that says what each is to take."""
@@ -26,6 +28,8 @@ class Candidates:
     def _named(self, name: str) -> attention.Attention:
         def attend(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             self.calls.append(name)
+            if self.milliseconds[name] == OUT_OF_MEMORY:
+                raise torch.OutOfMemoryError("no memory now")
             if self.milliseconds[name] < 0:
                 raise RuntimeError("No available kernel. Aborting execution.")
             return reference.attention(qkv, cos, sin)
@@ -95,6 +99,22 @@ def test_a_directory_that_cannot_be_made_costs_only_the_memory(tmp_path: Path, c
     assert "is not kept" in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_want_of_memory_is_not_kept(tmp_path: Path) -> None:
+    """It is of this moment: the choice holds for this run and is measured again in the next."""
+    known = Candidates(ours=OUT_OF_MEMORY, flash=2.0)
+    file = tmp_path / "attention.json"
+    attention.Fastest(known.functions(), known.clock, file, "card A")(*inputs())
+    assert known.calls[-1] == "flash" and not file.exists()
+
+
+def test_measuring_leaves_the_random_numbers_of_the_run(tmp_path: Path) -> None:
+    known = Candidates(ours=1.0)
+    given = inputs()
+    before = torch.get_rng_state()
+    attention.Fastest(known.functions(), known.clock, tmp_path / "f.json", "card A")(*given)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_all_refused_is_an_error_with_every_reason(tmp_path: Path) -> None:
     known = Candidates(ours=-1.0, flash=-1.0)
     choice = attention.Fastest(known.functions(), known.clock, tmp_path / "f.json", "card A")
@@ -106,6 +126,14 @@ def test_a_head_dim_without_a_kernel_runs_on_torch() -> None:
     """D = 24: the rotation kernel, then torch."""
     choice = attention.select(torch.device("cpu"), deterministic=True)
     qkv, (cos, sin) = torch.randn(2, 9, 2, 72), rotary_tables(9, 6)
+    expected = reference.attention(qkv, cos, sin)
+    torch.testing.assert_close(choice(qkv.clone(), cos, sin), expected)
+
+
+def test_rotary_dims_that_no_kernel_turns_run_on_torch() -> None:
+    """All 80 of D = 80."""
+    choice = attention.select(torch.device("cpu"), deterministic=True)
+    qkv, (cos, sin) = torch.randn(1, 9, 2, 240), rotary_tables(9, 80)
     expected = reference.attention(qkv, cos, sin)
     torch.testing.assert_close(choice(qkv.clone(), cos, sin), expected)
 

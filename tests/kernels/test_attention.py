@@ -14,12 +14,18 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_proof import Mutant, assert_killed
-from op_proof import DEVICE, DTYPES, far_rows, normal, prove, wide_slice
+from op_proof import DEVICE, far_rows, normal, prove, wide_slice
 from torch import Tensor
 
 from pythia_fast.kernels import attention as kernels
 from pythia_fast.kernels import attention_bwd, attention_dq, reference
-from pythia_fast.kernels.attention_tiles import HEAD_DIMS, long_first
+from pythia_fast.kernels.attention_tiles import DTYPES, HEAD_DIMS, long_first
+
+# a GPU's products take 16 bits, so fp32 and its small bounds are for the interpreter
+WIDE = DTYPES[0]
+TESTED = [d for d in DTYPES if d != torch.bfloat16]
+TESTED += [pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="fp32 bounds, or a mutant")
 
 FORWARD, BACKWARD, DQ, TILES = (
     f"kernels/attention{part}.py" for part in ("", "_bwd", "_dq", "_tiles")
@@ -100,7 +106,7 @@ def segments(count: int):
         yield
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TESTED)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poison")
 def test_attention(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -111,13 +117,13 @@ def test_attention(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None
 @pytest.mark.parametrize("d", HEAD_DIMS)
 @pytest.mark.usefixtures("poison")
 def test_without_rotary(d: int) -> None:
-    qkv, grad, *_ = inputs(1, 130, 2, d, torch.float32)
+    qkv, grad, *_ = inputs(1, 130, 2, d, WIDE)
     compare(kernels.attention, qkv, grad)
 
 
-@pytest.mark.parametrize("table", [torch.float16, torch.float32])
+@pytest.mark.parametrize("table", [torch.float16, WIDE])
 def test_tables_of_another_dtype(table: torch.dtype) -> None:
-    qkv, grad, *tables = inputs(1, 33, 2, 64, torch.float32)
+    qkv, grad, *tables = inputs(1, 33, 2, 64, WIDE)
     compare(kernels.attention, qkv, grad, [t.to(table) for t in tables])
 
 
@@ -126,7 +132,7 @@ def test_tables_of_another_dtype(table: torch.dtype) -> None:
 @pytest.mark.usefixtures("poison")
 def test_segments_of_dq(count: int, d: int) -> None:
     """520 positions are five key tiles, shared by one, two or five programs a head."""
-    qkv, grad, *tables = inputs(1, 520, 2, d, torch.float32)
+    qkv, grad, *tables = inputs(1, 520, 2, d, WIDE)
     with segments(count):
         compare(kernels.attention, qkv, grad, tables)
 
@@ -134,7 +140,7 @@ def test_segments_of_dq(count: int, d: int) -> None:
 @pytest.mark.parametrize("d", [64, 256])
 @pytest.mark.usefixtures("poison")
 def test_gradient_in_any_order(d: int) -> None:
-    qkv, grad, *tables = inputs(2, 257, 2, d, torch.float32)
+    qkv, grad, *tables = inputs(2, 257, 2, d, WIDE)
     compare(kernels.attention, qkv, grad, tables, deterministic=False)
 
 
@@ -142,15 +148,16 @@ def test_gradient_in_any_order(d: int) -> None:
 @pytest.mark.parametrize(("d", "share"), [(64, 0.005), (64, 0.03), (80, 0.3), (256, 0.02)])
 @pytest.mark.usefixtures("poison")
 def test_documents(d: int, share: float, deterministic: bool) -> None:
-    qkv, grad, *tables = inputs(2, 400, 1, d, torch.float32)
+    qkv, grad, *tables = inputs(2, 400, 1, d, WIDE)
     starts = documents(2, 400, share)
     with segments(2):
         compare(kernels.attention, qkv, grad, tables, starts, deterministic=deterministic)
 
 
+@interpreted
 def test_documents_are_separate_rows() -> None:
     """Two documents in a row attend as two rows would."""
-    qkv, *_ = inputs(1, 200, 2, 64, torch.float32)
+    qkv, *_ = inputs(1, 200, 2, 64, WIDE)
     starts = torch.zeros(1, 200, dtype=torch.int32, device=DEVICE)
     starts[:, 77:] = 77
     both = kernels.attention(qkv, doc_start=starts)
@@ -162,7 +169,7 @@ def test_documents_are_separate_rows() -> None:
 def test_tiles_of_smaller_chips(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (kernels, attention_bwd, attention_dq):
         monkeypatch.setattr(module, "tile_on", lambda device, tiles: tiles[1])
-    qkv, grad, *tables = inputs(1, 150, 2, d, torch.float32)
+    qkv, grad, *tables = inputs(1, 150, 2, d, WIDE)
     compare(kernels.attention, qkv, grad, tables)
 
 
@@ -176,7 +183,7 @@ def test_tiles_of_smaller_chips(d: int, monkeypatch: pytest.MonkeyPatch) -> None
     count=st.integers(1, 3),
 )
 def test_any_shape(batch, positions, heads, d, share, count) -> None:
-    qkv, grad, *tables = inputs(batch, positions, heads, d, torch.float32)
+    qkv, grad, *tables = inputs(batch, positions, heads, d, WIDE)
     starts = None if share is None else documents(batch, positions, share)
     with segments(count):
         compare(kernels.attention, qkv, grad, tables, starts)
@@ -203,11 +210,11 @@ def check(module: ModuleType) -> None:
         patch.start()
     op = module.attention if name == "attention" else kernels.attention
     try:
-        qkv, grad, *tables = inputs(2, 40, 1, 64, torch.float32)
+        qkv, grad, *tables = inputs(2, 40, 1, 64, WIDE)
         qkv[..., 0], qkv[..., 64] = 60.0, -60.0  # scores near −450: 2^(score) is 0 in fp32
         compare(op, qkv, grad)
         for d in (64, 80, 256):
-            qkv, grad, *tables = inputs(2, 257, 2 if d == 64 else 1, d, torch.float32)
+            qkv, grad, *tables = inputs(2, 257, 2 if d == 64 else 1, d, WIDE)
             with segments(2), poisoned_empty():
                 compare(op, qkv, grad, tables)
                 compare(op, qkv, grad, tables, documents(2, 257, 0.01))
@@ -244,6 +251,7 @@ def test_check_passes(module: ModuleType) -> None:
     check(module)
 
 
+@interpreted
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
     assert_killed(mutant, check, tmp_path)
@@ -258,11 +266,12 @@ def strided(t: Tensor) -> Tensor:
     return view.copy_(t)
 
 
+@interpreted
 @pytest.mark.parametrize("d", [64, 256])
 @pytest.mark.usefixtures("poison")
 def test_strides_of_every_argument(d: int) -> None:
     """qkv with time outermost; ctx and its gradient as columns of buffers of row stride 5h + 48."""
-    qkv, grad, cos, sin = inputs(2, 70, 2, d, torch.float32)
+    qkv, grad, cos, sin = inputs(2, 70, 2, d, WIDE)
     rotated = reference.rotary(qkv, cos, sin)
     wide = wide_slice(torch.zeros(2, 70, 2 * d, device=DEVICE), before=2 * d, after=6 * d + 48)
     out, lse = kernels.attention_fwd(strided(rotated), out=wide)
@@ -278,8 +287,9 @@ def test_strides_of_every_argument(d: int) -> None:
     torch.testing.assert_close(d_qkv, leaf.grad.float(), atol=1e-5, rtol=1e-5)
 
 
+@interpreted
 def test_lse_is_the_log2_of_the_softmax_sum() -> None:
-    qkv, *_ = inputs(1, 70, 2, 64, torch.float32)
+    qkv, *_ = inputs(1, 70, 2, 64, WIDE)
     q, k, _ = (t.double().transpose(1, 2) for t in qkv.chunk(3, dim=-1))
     scores = (q @ k.mT / 8).masked_fill(~torch.ones(70, 70).tril().bool().to(DEVICE), -torch.inf)
     _, lse = kernels.attention_fwd(qkv)
@@ -287,13 +297,14 @@ def test_lse_is_the_log2_of_the_softmax_sum() -> None:
     torch.testing.assert_close(lse.double(), expected, atol=1e-5, rtol=0)
 
 
+@interpreted
 @pytest.mark.parametrize("large", [30.0, 100.0])
 def test_scores_of_any_size(large: float) -> None:
     """Scores far apart: the running maximum must follow them, and nothing may overflow.
 
     lse has 24 bits, so P errs by |lse|·2⁻²⁵ relative: at scores of thousands that shows.
     """
-    qkv, grad, *_ = inputs(1, 150, 1, 64, torch.float32)
+    qkv, grad, *_ = inputs(1, 150, 1, 64, WIDE)
     qkv[..., :128] *= large**0.5
     compare(kernels.attention, qkv, grad)
 
@@ -308,8 +319,9 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@interpreted
 def test_turns_qkv_in_place_and_autograd_sees_it() -> None:
-    qkv, _, *tables = inputs(1, 9, 2, 64, torch.float32)
+    qkv, _, *tables = inputs(1, 9, 2, 64, WIDE)
     x = qkv.clone().requires_grad_() * 1
     y = x * x
     kernels.attention(x, *tables)
@@ -318,11 +330,12 @@ def test_turns_qkv_in_place_and_autograd_sees_it() -> None:
         y.sum().backward()
 
 
+@interpreted
 def test_gradient_through_a_view_of_the_projection() -> None:
     """As a model has it: a linear layer's output viewed as heads, then turned in place."""
-    x, weight = (normal(n, 96, dtype=torch.float32, scale=0.3) for n in (10, 384))
+    x, weight = (normal(n, 96, dtype=WIDE, scale=0.3) for n in (10, 384))
     x = x.view(2, 5, 96)
-    _, grad, cos, sin = inputs(2, 5, 2, 64, torch.float32)
+    _, grad, cos, sin = inputs(2, 5, 2, 64, WIDE)
 
     def run(op, dtype):
         leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
@@ -330,7 +343,7 @@ def test_gradient_through_a_view_of_the_projection() -> None:
         return torch.autograd.grad(op(packed, cos.to(dtype), sin.to(dtype)), leaves, grad.to(dtype))
 
     pairs = zip(
-        run(kernels.attention, torch.float32),
+        run(kernels.attention, WIDE),
         run(reference.attention, torch.float64),
         strict=True,
     )
@@ -338,14 +351,14 @@ def test_gradient_through_a_view_of_the_projection() -> None:
 
 
 def test_without_tables_qkv_keeps_its_bits() -> None:
-    qkv, grad, *_ = inputs(1, 9, 2, 64, torch.float32)
+    qkv, grad, *_ = inputs(1, 9, 2, 64, WIDE)
     leaf = qkv.clone().requires_grad_()
     kernels.attention(leaf).backward(grad)
     assert torch.equal(leaf.detach(), qkv) and leaf.grad is not None
 
 
 def test_the_gradient_given_is_not_written() -> None:
-    qkv, grad, *tables = inputs(1, 9, 2, 64, torch.float32)
+    qkv, grad, *tables = inputs(1, 9, 2, 64, WIDE)
     kept, leaf = grad.clone(), qkv.clone().requires_grad_()
     kernels.attention(leaf * 1, *tables).backward(grad)
     assert torch.equal(grad, kept)
@@ -398,7 +411,7 @@ def test_segments_fill_the_device(heads: int) -> None:
 
 
 def test_a_refused_call_leaves_qkv() -> None:
-    qkv, _, *tables = inputs(2, 5, 4, 64, torch.float32)
+    qkv, _, *tables = inputs(2, 5, 4, 64, WIDE)
     kept = qkv.clone()
     for arguments, error in (
         ((*tables, documents(2, 5).long()), "doc_start: dtype"),
@@ -411,7 +424,7 @@ def test_a_refused_call_leaves_qkv() -> None:
 
 def test_rotary_dims_beyond_the_first_part() -> None:
     """At D = 80 the first 64 dims can turn (R = 20 in the suite); all of 64 at D = 64."""
-    qkv, grad, *_ = inputs(1, 9, 1, 80, torch.float32)
+    qkv, grad, *_ = inputs(1, 9, 1, 80, WIDE)
     for half, taken in ((32, True), (36, False), (40, False)):
         tables = [t(torch.rand(9, half, device=DEVICE)) for t in (torch.cos, torch.sin)]
         if taken:
@@ -419,7 +432,7 @@ def test_rotary_dims_beyond_the_first_part() -> None:
         else:
             with pytest.raises(ValueError, match=f"cos: {2 * half} rotary dims of 80"):
                 kernels.attention(qkv, *tables)
-    qkv, grad, *_ = inputs(1, 9, 1, 64, torch.float32)
+    qkv, grad, *_ = inputs(1, 9, 1, 64, WIDE)
     for half in (1, 5, 32):
         tables = [t(torch.rand(9, half, device=DEVICE)) for t in (torch.cos, torch.sin)]
         compare(kernels.attention, qkv, grad, tables)
@@ -434,13 +447,13 @@ def test_empty_batch() -> None:
 
 
 def test_bad_input_names_the_argument() -> None:
-    qkv, grad, cos, sin = inputs(2, 5, 4, 64, torch.float32)
+    qkv, grad, cos, sin = inputs(2, 5, 4, 64, WIDE)
     with pytest.raises(ValueError, match="qkv: a leaf that requires grad"):
         kernels.attention(qkv.clone().requires_grad_(), cos, sin)
     with pytest.raises(ValueError, match="cos, sin: both or neither"):
         kernels.attention(qkv, cos)
     with pytest.raises(ValueError, match="qkv: head dim 48, not one of 32, 64, 80, 128, 256"):
-        kernels.attention(normal(1, 5, 2, 144, dtype=torch.float32))
+        kernels.attention(normal(1, 5, 2, 144, dtype=WIDE))
     with pytest.raises(ValueError, match="T must be at least 1"):
         kernels.attention(qkv[:, :0])
     with pytest.raises(TypeError, match="qkv: dtype float64"):
@@ -484,7 +497,8 @@ def test_bad_input_names_the_argument() -> None:
 
 
 @pytest.mark.slow
+@interpreted
 def test_sixteen_thousand_positions() -> None:
     """The longest row that is asked for, one head, forward and backward."""
-    qkv, grad, *tables = inputs(1, 16384, 1, 32, torch.float32)
+    qkv, grad, *tables = inputs(1, 16384, 1, 32, WIDE)
     compare(kernels.attention, qkv, grad, tables)

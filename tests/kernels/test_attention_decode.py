@@ -10,11 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_proof import Mutant, assert_close, assert_killed
-from op_proof import DEVICE, DTYPES, normal
+from op_proof import DEVICE, normal
 from torch import Tensor
 
 from pythia_fast.kernels import attention_decode as kernels
 from pythia_fast.kernels import reference
+from pythia_fast.kernels.attention_tiles import DTYPES
+
+# a GPU's products take 16 bits, so fp32 and its small bounds are for the interpreter
+WIDE = DTYPES[0]
+TESTED = [d for d in DTYPES if d != torch.bfloat16]
+TESTED += [pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="fp32 bounds, or a mutant")
 
 FILE = "kernels/attention_decode.py"
 MUTANTS = [
@@ -52,7 +59,7 @@ def compare(op, q: Tensor, keys: Tensor, values: Tensor, filled: int, first=None
     assert actual.dtype == q.dtype and actual.is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TESTED)
 @pytest.mark.parametrize("d", kernels.TILES)
 @pytest.mark.parametrize(("queries", "filled"), [(1, 1), (1, 200), (5, 129), (16, 300)])
 @pytest.mark.usefixtures("poison")
@@ -66,7 +73,7 @@ def test_rows_that_begin_late(data, batch: int, queries: int, heads: int) -> Non
     """Left padding of each row up to its very last position, as generation has it."""
     filled = data.draw(st.integers(queries, 150))
     first = [data.draw(st.integers(0, filled - 1)) for _ in range(batch)]
-    tensors = inputs(batch, queries, heads, 64, 160, torch.float32)
+    tensors = inputs(batch, queries, heads, 64, 160, WIDE)
     starts = torch.tensor(first, dtype=torch.int32, device=DEVICE)
     compare(kernels.attention_decode, *tensors, filled, starts)
 
@@ -74,22 +81,24 @@ def test_rows_that_begin_late(data, batch: int, queries: int, heads: int) -> Non
 def check(module: ModuleType) -> None:
     starts = torch.tensor([0, 130], dtype=torch.int32, device=DEVICE)
     for first in (None, starts):
-        compare(module.attention_decode, *inputs(2, 5, 2, 64, 300, torch.float32), 133, first)
-        compare(module.attention_decode, *inputs(2, 3, 2, 80, 300, torch.float32), 290, first)
+        compare(module.attention_decode, *inputs(2, 5, 2, 64, 300, WIDE), 133, first)
+        compare(module.attention_decode, *inputs(2, 3, 2, 80, 300, WIDE), 290, first)
 
 
 def test_check_passes() -> None:
     check(kernels)
 
 
+@interpreted
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
     assert_killed(mutant, check, tmp_path)
 
 
+@interpreted
 def test_last_rows_of_causal_attention() -> None:
     """The newest positions over a cache of all keys are the last rows of attention itself."""
-    qkv = normal(2, 90, 2, 3 * 64, dtype=torch.float32)
+    qkv = normal(2, 90, 2, 3 * 64, dtype=WIDE)
     q, k, v = qkv.chunk(3, dim=-1)
     keys, values = (t.transpose(1, 2).contiguous() for t in (k, v))
     ctx = kernels.attention_decode(q[:, -4:], keys, values, 90)
@@ -97,16 +106,16 @@ def test_last_rows_of_causal_attention() -> None:
 
 
 def test_empty_batch() -> None:
-    assert kernels.attention_decode(*inputs(0, 1, 2, 64, 8, torch.float32), 3).shape == (0, 1, 128)
+    assert kernels.attention_decode(*inputs(0, 1, 2, 64, 8, WIDE), 3).shape == (0, 1, 128)
 
 
 def test_bad_input_names_the_argument() -> None:
-    q, keys, values = inputs(2, 3, 2, 64, 8, torch.float32)
+    q, keys, values = inputs(2, 3, 2, 64, 8, WIDE)
     op = kernels.attention_decode
     with pytest.raises(ValueError, match="q: 17 positions, expected 1 to 16"):
-        op(*inputs(1, 17, 1, 64, 20, torch.float32), 20)
+        op(*inputs(1, 17, 1, 64, 20, WIDE), 20)
     with pytest.raises(ValueError, match="q: head dim 48"):
-        op(*inputs(1, 1, 1, 48, 8, torch.float32), 8)
+        op(*inputs(1, 1, 1, 48, 8, WIDE), 8)
     for filled in (2, 9):
         with pytest.raises(ValueError, match=f"filled: {filled}, expected 3 to 8"):
             op(q, keys, values, filled)
