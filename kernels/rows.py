@@ -37,7 +37,7 @@ SUITE = {
 }
 
 
-WRITTEN = ("y", "y1", "y2", "dx")  # the (M, h) arguments that the row-wise kernels only store
+WRITTEN = ("y", "y1", "y2", "residual", "dx")  # the (M, h) arguments that the row-wise kernels only store
 
 
 @dataclass(frozen=True)

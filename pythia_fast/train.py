@@ -58,10 +58,19 @@ class Trainer:
         self.valid_tokens = _valid_tokens(c)
         self.model = Pythia(c.model, ops)
         self.optimizer = AdamW(self.model, c.optimizer, c.precision, ops, self.device)
+        if ops.name == "triton" and c.precision.gradients == "fp32" and c.kernels.deterministic:
+            self._fuse()
         self.permanent = frozenset(checkpoint.schedule(c.checkpoint.steps, c.train.steps))
         self.step = 0  # steps done, skipped ones too
         self.first_step = 0  # that of the checkpoint a run was imported from
         self.lr = 0.0  # of the last step
+
+    def _fuse(self) -> None:
+        """One function a block that adds its own gradients, where the kernels take its heads."""
+        from pythia_fast import block  # triton, which not every platform has
+
+        if block.takes(self.config.model.head_dim, self.model.embed_out.weight.dtype):
+            self.model.fused = block.Fused(self.model, self.optimizer)
 
     # --- the step ---
 
