@@ -8,7 +8,9 @@
 
 Saved: x, n1, n2 (2h), qkv (3h, turned), lse, u (4h), both (5h), mean and rstd: 15·h elements a
 token beside the statistics. n1, n2 and both are operands of the weight gradients, u is what GELU's
-derivative is made of (its own output does not give it back), and x is the block's input.
+derivative is made of (its own output does not give it back), and x is the block's input. With
+`recompute` 9·h: n1, n2 and the GELU are made again from x and u, to the same bits; ctx is kept
+apart and copied back into its columns.
 
 x + (bo + b2) is written by the norms' kernel, which holds x in registers, and the product adds to
 it where it lies: torch's out-of-place `addmm` would copy x there first (a pass of 2·h elements a
@@ -28,7 +30,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pythia_fast.kernels.attention import attention_fwd
@@ -47,7 +49,7 @@ class Sums(Protocol):
 
     fresh: bool  # the next gradient overwrites instead of adding
 
-    def hand_over(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]: ...
+    def hand_over(self, parameters: Iterable[Tensor]) -> list[Tensor]: ...
 
 
 class Tensors(NamedTuple):
@@ -69,14 +71,20 @@ class Tensors(NamedTuple):
 class Block:
     """x (B, T, h) -> y: one layer's weights, and where their gradients add up."""
 
-    def __init__(self, layer: Layer, sums: Sums) -> None:
+    def __init__(self, layer: Layer, sums: Sums, recompute: bool) -> None:
         parameters = _parameters(layer)
         self.weights = _tensors([p.detach() for p in parameters])
         self.grads = _tensors(sums.hand_over(parameters))
-        self.sums, self.heads = sums, layer.attention.heads
+        self.sums, self.recompute = sums, recompute
+        self.heads = layer.attention.heads
         self.eps, self.approximate = layer.input_layernorm.eps, layer.mlp.approximate
         self.below: Block | None = None  # whose y is x, and nothing else's
         self.is_top = True  # no block sums dy on its way
+
+    @property
+    def norms(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        w = self.weights
+        return (w.norm1, w.norm1_bias), (w.norm2, w.norm2_bias)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return cast(Tensor, BlockFunction.apply(x, self, cos, sin))
@@ -87,7 +95,7 @@ class BlockFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, block: Block, cos: Tensor, sin: Tensor) -> Tensor:
         y, saved = block_fwd(x, block, cos, sin)
         ctx.block = block
-        ctx.save_for_backward(x, *saved, cos, sin)
+        ctx.save_for_backward(x, cos, sin, *saved)
         return y
 
     @staticmethod
@@ -102,9 +110,8 @@ def block_fwd(
     """y like x (B, T, h), and what the backward needs beside x. cos, sin (≥T, R/2)."""
     w, h = block.weights, x.shape[-1]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    norms = ((w.norm1, w.norm1_bias), (w.norm2, w.norm2_bias))
     biases = (w.attention_out_bias, w.mlp_out_bias)
-    (n1, n2), mean, rstd = layer_norm_fwd(x, norms, block.eps, y, biases)
+    (n1, n2), mean, rstd = layer_norm_fwd(x, block.norms, block.eps, y, biases)
 
     both = x.new_empty(*x.shape[:-1], 5 * h)  # [ctx | gelu]
     qkv = torch.addmm(w.qkv_bias, _rows(n1), w.qkv.t()).view(*x.shape[:-1], block.heads, -1)
@@ -113,16 +120,28 @@ def block_fwd(
     gelu_fwd(u, w.mlp_bias, block.approximate, out=_rows(both)[:, h:])
 
     _rows(y).addmm_(_rows(both), w.out.t())
-    return y, (n1, n2, mean, rstd, qkv, lse, u, both)
+    made = (both[..., :h].clone(memory_format=torch.contiguous_format),) if block.recompute else (n1, n2, both)
+    return y, (mean, rstd, qkv, lse, u, *made)
+
+
+def made_again(block: Block, x: Tensor, u: Tensor, ctx: Tensor) -> tuple[Tensor, ...]:
+    """(n1, n2, both) from what a block keeps under `recompute`."""
+    h = x.shape[-1]
+    (n1, n2), _, _ = layer_norm_fwd(x, block.norms, block.eps)
+    both = x.new_empty(*x.shape[:-1], 5 * h)
+    both[..., :h].copy_(ctx)
+    gelu_fwd(u, block.weights.mlp_bias, block.approximate, out=_rows(both)[:, h:])
+    return n1, n2, both
 
 
 def block_bwd(
     dy: Tensor, block: Block,
-    x: Tensor, n1: Tensor, n2: Tensor, mean: Tensor, rstd: Tensor, qkv: Tensor, lse: Tensor,
-    u: Tensor, both: Tensor, cos: Tensor, sin: Tensor,
+    x: Tensor, cos: Tensor, sin: Tensor,
+    mean: Tensor, rstd: Tensor, qkv: Tensor, lse: Tensor, u: Tensor, *made: Tensor,
 ) -> Tensor:  # fmt: skip
     """dx, contiguous like x; the gradients of the weights go to block.grads."""
     w, g, h, add = block.weights, block.grads, x.shape[-1], not block.sums.fresh
+    n1, n2, both = made_again(block, x, u, *made) if block.recompute else made
     d_both = torch.mm(_rows(dy), w.out).view(both.shape)  # [d ctx | d gelu]
     accumulate(g.out, _rows(dy).t(), _rows(both), add)
 
@@ -155,8 +174,9 @@ def block_bwd(
 class Fused:
     """A model's blocks and its head where the kernels run them and gradients add up in fp32."""
 
-    def __init__(self, model: Pythia, sums: Sums) -> None:
-        self.blocks = [Block(cast(Layer, layer), sums) for layer in model.gpt_neox.layers]
+    def __init__(self, model: Pythia, sums: Sums, recompute: bool = False) -> None:
+        layers = cast(Iterable[Layer], model.gpt_neox.layers)
+        self.blocks = [Block(layer, sums, recompute) for layer in layers]
         for below, above in zip(self.blocks, self.blocks[1:], strict=False):
             above.below, below.is_top = below, False
         self.sums, self.head = sums, model.embed_out.weight
@@ -191,7 +211,7 @@ def joined(left: Tensor, right: Tensor) -> Tensor:
     return left.as_strided((rows, columns), (columns, 1))
 
 
-def _parameters(layer: Layer) -> list[nn.Parameter]:
+def _parameters(layer: Layer) -> list[Tensor]:
     n1, n2 = layer.input_layernorm, layer.post_attention_layernorm
     qkv, dense = layer.attention.query_key_value, layer.attention.dense
     mlp_in, mlp_out = layer.mlp.dense_h_to_4h, layer.mlp.dense_4h_to_h
@@ -203,7 +223,7 @@ def _parameters(layer: Layer) -> list[nn.Parameter]:
 def _tensors(parts: list[Tensor]) -> Tensors:
     """parts: as `_parameters` orders them."""
     *first, dense, mlp_out, dense_bias, mlp_out_bias = parts
-    return Tensors(*first, joined(dense, mlp_out), dense_bias, mlp_out_bias)
+    return Tensors._make([*first, joined(dense, mlp_out), dense_bias, mlp_out_bias])
 
 
 def _rows(t: Tensor) -> Tensor:

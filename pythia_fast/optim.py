@@ -9,6 +9,7 @@ the norm is one reduction, and only loss scaling reads anything back to the host
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -83,16 +84,15 @@ def _layout(shapes: dict[str, torch.Size], start: int) -> tuple[dict[str, Slot],
     attention.dense.weight (h, h) and mlp.dense_4h_to_h.weight (h, 4h) of a layer are the columns of
     one (h, 5h) matrix: [ctx | gelu] [Wo W2]ᵀ is then one product over both.
     """
-    slots = {}
-    for name, shape in shapes.items():
-        partner = name.removesuffix(_LEFT) + _RIGHT if name.endswith(_LEFT) else name
-        joined = (name, partner) if partner != name and partner in shapes else (name,)
+    slots: dict[str, Slot] = {}
+    for name in shapes:
         if name in slots:  # came with its partner
             continue
-        stride, at = sum(shapes[n][-1] for n in joined), start
-        for n in joined:
-            slots[n] = Slot(at, shapes[n], stride)
-            at += shapes[n][-1]
+        pair = (name, name.removesuffix(_LEFT) + _RIGHT)
+        joined = pair if name.endswith(_LEFT) and pair[1] in shapes else pair[:1]
+        columns = [shapes[n][-1] for n in joined]
+        for n, before in zip(joined, itertools.accumulate(columns, initial=0), strict=False):
+            slots[n] = Slot(start + before, shapes[n], sum(columns))
         start += -(-sum(shapes[n].numel() for n in joined) // _ALIGN) * _ALIGN
     return slots, start
 
@@ -161,7 +161,7 @@ class AdamW:
         """Parameter name -> its part of a flat buffer, in the parameter's shape."""
         return {name: slot.of(flat) for name, slot in self.slots.items()}
 
-    def hand_over(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    def hand_over(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Flat gradients of parameters, in their order, which the caller adds to from now on.
 
         Between two calls of `accumulate` it does so once, overwriting where `fresh`.

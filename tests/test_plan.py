@@ -108,7 +108,8 @@ def test_states_are_the_trainers(tmp_path: Path) -> None:
     page = {f"model.{key}": value for key, value in sizes.items()} | {
         "data.prefix": str(tmp_path / "tokens"), "data.order": "sequential", "data.seq_len": 8,
         "train.steps": 1, "train.batch_size": 1, "train.micro_batch_size": 1,
-        "precision.compute": "bf16",
+        "precision.compute": "fp16", "precision.loss_scaling": "dynamic",
+        "kernels.backend": "triton",
     }  # fmt: skip
     trainer = Trainer(resolve(page), tmp_path / "run")
     found, owned = plan.memory(trainer.config.model, 0), trainer.optimizer
