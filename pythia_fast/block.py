@@ -120,8 +120,10 @@ def block_fwd(
     gelu_fwd(u, w.mlp_bias, block.approximate, out=_rows(both)[:, h:])
 
     _rows(y).addmm_(_rows(both), w.out.t())
-    made = (both[..., :h].clone(memory_format=torch.contiguous_format),) if block.recompute else (n1, n2, both)
-    return y, (mean, rstd, qkv, lse, u, *made)
+    kept = (mean, rstd, qkv, lse, u)
+    if block.recompute:
+        return y, (*kept, both[..., :h].clone(memory_format=torch.contiguous_format))
+    return y, (*kept, n1, n2, both)
 
 
 def made_again(block: Block, x: Tensor, u: Tensor, ctx: Tensor) -> tuple[Tensor, ...]:
