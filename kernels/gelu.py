@@ -170,9 +170,13 @@ def gelu_fwd(
 
 
 def gelu_bwd(
-    x: Tensor, bias: Tensor, dy: Tensor, approximate: str = "tanh"
+    x: Tensor,
+    bias: Tensor,
+    dy: Tensor,
+    approximate: str = "tanh",
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, d bias): dx contiguous in x's shape and dtype, d bias (n,) in bias's dtype.
+    """(dx, d bias): dx contiguous in x's shape and dtype, d bias (n,) in sum_dtype, None: bias's.
 
     dy like x, for example columns of a wider buffer. Raises ValueError, TypeError.
     """
@@ -180,7 +184,7 @@ def gelu_bwd(
     count, n = x_rows.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not count:
-        return dx, torch.zeros_like(bias)
+        return dx, torch.zeros_like(bias, dtype=sum_dtype)
     dy_rows = grad_rows(dy, "dy", x)
     block_n = min(BLOCK_N, triton.next_power_of_2(n))
     tiles_n = triton.cdiv(n, block_n)
@@ -204,7 +208,7 @@ def gelu_bwd(
         STAGES=BACKWARD.stages,
         num_warps=BACKWARD.warps,
     )
-    return dx, sum_partials(partials, bias.dtype)[0]
+    return dx, sum_partials(partials, sum_dtype or bias.dtype)[0]
 
 
 def _check_inputs(x: Tensor, bias: Tensor, approximate: str) -> Tensor:

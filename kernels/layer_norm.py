@@ -7,6 +7,9 @@
     dx = d_residual + rstd · (g − Σg/h − x̂ · Σ(g·x̂)/h)
     dwₖ = Σ_rows dyₖ · x̂             dbₖ = Σ_rows dyₖ
 
+The forward of the pair also writes x + (bias1' + bias2') where a fused block asks for it: the
+residual stream that its last product is then added to in place (`pythia_fast/block.py`).
+
 Saved: x as it came, mean and rstd (M,) fp32. All arithmetic is fp32; results round on store.
 
 A program holds whole rows in registers (`rows.py`), so x is read once and the variance is that of
@@ -16,6 +19,7 @@ registers and writes them once, (P, 2 or 4, h) fp32; a second launch adds them i
 Bytes for M rows of 16-bit elements (e = 2), weights and statistics left out:
     layer_norm       forward 2·e·M·h    backward 3·e·M·h
     dual_layer_norm  forward 3·e·M·h    backward 5·e·M·h  (x, d_residual, dy1, dy2 -> dx)
+    with a residual  forward 4·e·M·h
 plus partials 2·16·P·h bytes (written, read) in the backward of the pair. About 8 FLOPs an element
 forward and 20 backward: both are bound by memory bandwidth, at every h.
 
@@ -118,6 +122,9 @@ def _layer_norm_fwd_kernel(
     b2,  # (H,) or None
     y1,  # (M, H) contiguous
     y2,  # (M, H) contiguous or None
+    residual_b1,  # (H,) or None: no residual
+    residual_b2,  # (H,) or None
+    residual,  # (M, H) contiguous or None
     mean,  # (M,) fp32
     rstd,  # (M,) fp32
     M,
@@ -132,6 +139,9 @@ def _layer_norm_fwd_kernel(
     i_row = o_row.to(tl.int64)
 
     b_x = load_rows(x + i_row * stride_x, m_row, H, WIDTHS)
+    if residual is not None:
+        b_bias = add_rows(load_vector(residual_b1, H, WIDTHS), load_vector(residual_b2, H, WIDTHS))
+        store_rows(residual + i_row * H, add_rows(b_x, b_bias), m_row, H, WIDTHS)
     b_mean, b_rstd, b_centred = row_statistics(b_x, eps, H, WIDTHS)
     tl.store(mean + o_row, b_mean, mask=m_row)
     tl.store(rstd + o_row, b_rstd, mask=m_row)
@@ -224,12 +234,18 @@ def layer_norm_fwd(
     x: Tensor,
     norms: tuple[tuple[Tensor, Tensor], ...],
     eps: float,
+    residual: Tensor | None = None,
+    residual_biases: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """((y1[, y2]), mean, rstd) of x (..., h) and one or two (weight, bias) pairs of (h,) each.
 
-    Each y is contiguous, of x's shape and dtype; mean and rstd are (M,) fp32.
+    Each y is contiguous, of x's shape and dtype; mean and rstd are (M,) fp32. residual: contiguous,
+    like x; becomes x + (b1 + b2) of residual_biases (h,), for two norms.
     """
     rows = _check_inputs(x, norms)
+    if residual is not None:
+        _check_residual(residual, residual_biases, x)
+    rb1, rb2 = residual_biases or (None, None)
     (count, h), tile = rows.shape, tile_for(FORWARD, x.shape[-1])
     ys = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in norms)
     mean, rstd = (torch.empty(count, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -243,6 +259,9 @@ def layer_norm_fwd(
             b2=b2,
             y1=ys[0],
             y2=ys[1] if len(ys) == 2 else None,
+            residual_b1=rb1,
+            residual_b2=rb2,
+            residual=residual,
             mean=mean,
             rstd=rstd,
             M=count,
@@ -264,8 +283,9 @@ def layer_norm_bwd(
     mean: Tensor,
     rstd: Tensor,
     sum_dx: bool = False,
+    sums_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx in x's shape and dtype, and the column sums (K, h) in the weights' dtype.
+    """dx in x's shape and dtype, and the column sums (K, h) in sums_dtype, None: the weights'.
 
     dys and weights are of one or two norms; d_residual (like x, or None) is added to dx. The sums
     are dw1, db1[, dw2, db2][, Σ_rows dx where sum_dx].
@@ -277,8 +297,9 @@ def layer_norm_bwd(
         check(statistic, name, dtypes=(torch.float32,), shape=(count,), device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = 2 * len(dys) + sum_dx
+    sums_dtype = sums_dtype or weights[0].dtype
     if not count:
-        return dx, torch.zeros(sums, h, dtype=weights[0].dtype, device=x.device)
+        return dx, torch.zeros(sums, h, dtype=sums_dtype, device=x.device)
     dy1, dy2 = (*(grad_rows(dy, f"dy{i}", x) for i, dy in enumerate(dys, 1)), None)[:2]
     if d_residual is not None:
         d_residual = grad_rows(d_residual, "d_residual", x)
@@ -307,7 +328,7 @@ def layer_norm_bwd(
         STAGES=tile.stages,
         num_warps=tile.warps,
     )
-    return dx, sum_partials(partials, weights[0].dtype)
+    return dx, sum_partials(partials, sums_dtype)
 
 
 def _check_inputs(x: Tensor, norms: tuple[tuple[Tensor, Tensor], ...]) -> Tensor:
@@ -322,6 +343,15 @@ def _check_inputs(x: Tensor, norms: tuple[tuple[Tensor, Tensor], ...]) -> Tensor
         vectors |= {"weight" + suffix: weight, "bias" + suffix: bias}
     check_vectors(vectors, x)
     return rows
+
+
+def _check_residual(residual: Tensor, biases: tuple[Tensor, Tensor] | None, x: Tensor) -> None:
+    check(residual, "residual", dtypes=(x.dtype,), shape=x.shape, device=x.device)
+    if not residual.is_contiguous():
+        raise ValueError(f"residual: strides {residual.stride()}, expected a contiguous tensor")
+    if biases is None:
+        raise ValueError("residual_biases: None, expected two vectors")
+    check_vectors({f"residual_biases[{i}]": b for i, b in enumerate(biases)}, x)
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -379,6 +409,7 @@ def dual_layer_norm(
 def aot_cases() -> Iterator[AotCase]:
     """Both ops at every hidden size, and the backward of `parallel_residual_dual_layer_norm`."""
     fwd, bwd = _layer_norm_fwd_kernel, _layer_norm_bwd_kernel
+    residual = ("residual_b1", "residual_b2", "residual")
     one, pair = ("w2", "b2", "y2", "dy2"), ()
     variants = (
         ("layer norm", (*one, "d_residual"), False),
@@ -387,9 +418,13 @@ def aot_cases() -> Iterator[AotCase]:
     )
     for dtype in ("bf16", "fp16"):
         for size, h in SUITE.items():
-            tile, wide = tile_for(FORWARD, h), ("x", "y1", "y2")
-            yield row_case(f"{size} layer norm forward {dtype}", fwd, h, tile, wide, one)
-            yield row_case(f"{size} dual forward {dtype}", fwd, h, tile, wide, pair)
+            tile, wide = tile_for(FORWARD, h), ("x", "y1", "y2", "residual")
+            for what, absent in (
+                ("layer norm", (*one, *residual)),
+                ("dual", residual),
+                ("dual and residual", pair),
+            ):
+                yield row_case(f"{size} {what} forward {dtype}", fwd, h, tile, wide, absent)
             tile, wide = tile_for(BACKWARD, h), ("x", "d_residual", "dy1", "dy2", "dx")
             for what, absent, sum_dx in variants:
                 name = f"{size} {what} backward {dtype}"

@@ -42,10 +42,12 @@ def linear_cross_entropy_fwd(
     chunk_rows: int | None,
     weight_grad: Tensor | None,
     needs: tuple[bool, bool],
+    add: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(scale · loss of each row (M,) fp32, dx, dW); needs: whether x and weight take a gradient.
 
-    dx (M, h) in x's dtype or None. dW (V, h) in fp32 or None; weight_grad itself where given.
+    dx (M, h) in x's dtype or None. dW (V, h) in fp32 or None; weight_grad itself where given, with
+    what it held where `add`.
     """
     _check_inputs(x, weight, targets, chunk_rows, weight_grad)
     rows, vocab = x.shape[0], weight.shape[0]
@@ -56,8 +58,9 @@ def linear_cross_entropy_fwd(
     dw = weight_grad if needs[1] else None
     if needs[1] and dw is None:
         dw = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
-        if not rows:
-            dw.zero_()
+        add = False
+    if dw is not None and not rows and not add:
+        dw.zero_()
     for start in range(0, rows, step or 1):
         chunk = slice(start, min(start + step, rows))
         logits = torch.mm(x[chunk], weight.t(), out=buffer[: chunk.stop - start])
@@ -65,7 +68,7 @@ def linear_cross_entropy_fwd(
         if dx is not None:
             torch.mm(logits, weight, out=dx[chunk])
         if dw is not None:
-            accumulate(dw, logits.t(), x[chunk], add=start > 0 or weight_grad is not None)
+            accumulate(dw, logits.t(), x[chunk], start > 0 or add)
     return losses, dx, dw
 
 
@@ -109,9 +112,9 @@ def _check_inputs(
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, scale, chunk_rows, weight_grad):
+    def forward(ctx, x, weight, targets, scale, chunk_rows, weight_grad, add):
         losses, dx, dw = linear_cross_entropy_fwd(
-            x, weight, targets, scale, chunk_rows, weight_grad, ctx.needs_input_grad[:2]
+            x, weight, targets, scale, chunk_rows, weight_grad, ctx.needs_input_grad[:2], add
         )
         ctx.added = dw is not None and weight_grad is not None
         ctx.save_for_backward(dx, None if ctx.added or dw is None else dw.to(weight.dtype))
@@ -122,7 +125,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx, dloss):
         if ctx.added:  # weight_grad took the gradient for dloss = 1: NaN · (dloss − 1) says so
             dloss = torch.where(dloss == 1, dloss, torch.nan)
-        return *linear_cross_entropy_bwd(*ctx.saved_tensors, dloss), None, None, None, None
+        return *linear_cross_entropy_bwd(*ctx.saved_tensors, dloss), *(None,) * 5
 
 
 def linear_cross_entropy(
@@ -132,16 +135,20 @@ def linear_cross_entropy(
     scale: float | None = None,
     chunk_rows: int | None = None,
     weight_grad: Tensor | None = None,
+    add: bool = True,
 ) -> Tensor:
     """cross_entropy(x weightᵀ, targets, scale), computed chunk_rows rows at a time.
 
     x (M, h), weight (V, h) of x's dtype, targets (M,) int64 in [0, V); scale: 1/M when None.
     chunk_rows bounds the logits that exist at once; None takes all M. weight_grad: (V, h) fp32;
-    where given, the weight gradient is *added* there in fp32, autograd gives weight none, and the
-    gradient of the returned loss must be 1. Returns an fp32 scalar.
+    where given, the weight gradient is *added* there in fp32 (`add`; else it replaces what was
+    there), autograd gives weight none, and the gradient of the returned loss must be 1. Returns an
+    fp32 scalar.
     """
     scale = 1.0 / max(targets.numel(), 1) if scale is None else scale
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return LinearCrossEntropyFunction.apply(x, weight, targets, scale, chunk_rows, weight_grad)
+        return LinearCrossEntropyFunction.apply(
+            x, weight, targets, scale, chunk_rows, weight_grad, add
+        )
     none = (False, False)
     return linear_cross_entropy_fwd(x, weight, targets, scale, chunk_rows, None, none)[0].sum()

@@ -235,14 +235,16 @@ def linear_cross_entropy(
     scale: float | None = None,
     chunk_rows: int | None = None,
     weight_grad: Tensor | None = None,
+    add: bool = True,
 ) -> Tensor:
     """cross_entropy(x weightᵀ, targets, scale), computed chunk_rows rows at a time.
 
     x (M, h), weight (V, h), targets (M,). chunk_rows bounds the logits that exist at once; None
     takes all M. weight_grad: (V, h) fp32; where given, a kernel *adds* the weight gradient there
-    in fp32 and autograd gives weight none. The reference materialises everything and lets autograd
-    work, so it takes weight_grad=None only. A kernel computes the gradients of x and weight along
-    with the loss, before the gradient of the loss is known: with weight_grad, that must be 1.
+    in fp32 (or, without `add`, overwrites it) and autograd gives weight none. The reference
+    materialises everything and lets autograd work, so it takes weight_grad=None only. A kernel
+    computes the gradients of x and weight along with the loss, before the gradient of the loss is
+    known: with weight_grad, that must be 1.
     """
     if weight_grad is not None:
         raise ValueError("weight_grad: the reference leaves the weight gradient to autograd")

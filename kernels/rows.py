@@ -37,7 +37,8 @@ SUITE = {
 }
 
 
-WRITTEN = ("y", "y1", "y2", "dx")  # the (M, h) arguments that the row-wise kernels only store
+# the (M, h) arguments that the row-wise kernels only store
+WRITTEN = ("y", "y1", "y2", "residual", "dx")
 
 
 @dataclass(frozen=True)

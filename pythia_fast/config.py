@@ -165,6 +165,9 @@ class Kernels:
     deterministic: bool = _key(
         True, "gradients repeat bit for bit; false: the attention that measures fastest on the GPU"
     )
+    recompute: Literal["none", "selective"] = _key(
+        "none", "selective: fused blocks make norms and GELU again, 9 instead of 15 h a token kept"
+    )
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,7 @@ _NOT_DECISIVE = frozenset(
     """
     recipe model.preset data.prefix data.valid_prefix data.tokenizer data.cache
     train.micro_batch_size train.valid_every train.valid_rows optimizer.backend kernels.backend
+    kernels.recompute
     checkpoint.steps checkpoint.every checkpoint.keep
     log.every log.sample log.tensorboard log.wandb
     """.split()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 
 from pythia_fast.config import Model
 from pythia_fast.ops import REFERENCE, Ops
+
+if TYPE_CHECKING:
+    from pythia_fast.block import Fused
 
 Attend = Callable[[Tensor], Tensor]
 """Packed projection (B, T, H, 3·D), unrotated -> context (B, T, h)."""
@@ -78,10 +83,10 @@ class GPTNeoX(nn.Module):
         self.layers = nn.ModuleList(Layer(c, ops) for _ in range(c.layers))
         self.final_layer_norm = nn.LayerNorm(c.hidden, eps=c.norm_eps)
 
-    def forward(self, tokens: Tensor, attend: list[Attend]) -> Tensor:
+    def forward(self, tokens: Tensor, blocks: list[Callable[[Tensor], Tensor]]) -> Tensor:
         x = self.embed_in(tokens)  # (B, T, h)
-        for layer, attend_here in zip(self.layers, attend, strict=True):
-            x = layer(x, attend_here)
+        for block in blocks:
+            x = block(x)
         norm = self.final_layer_norm
         return self.ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
@@ -96,18 +101,31 @@ class Pythia(nn.Module):
             self.gpt_neox = GPTNeoX(c, ops)
             self.embed_out = nn.Linear(c.hidden, c.vocab_size, bias=False)
         self._tables: tuple[Tensor, Tensor] | None = None
+        self.fused: Fused | None = None  # takes the layers' and the head's place in training
 
     def forward(self, tokens: Tensor, attend: list[Attend] | None = None) -> Tensor:
         """attend: one callable a layer in place of causal attention (generation has a cache)."""
-        if attend is None:
-            cos, sin = self.rotary_tables(tokens.shape[1], tokens.device)
-            attend = [lambda qkv: self.ops.attention(qkv, cos, sin)] * self.config.layers
-        return self.embed_out(self.gpt_neox(tokens, attend))
+        return self.embed_out(self.gpt_neox(tokens, self._blocks(tokens, attend)))
+
+    def _blocks(
+        self, tokens: Tensor, attend: list[Attend] | None
+    ) -> list[Callable[[Tensor], Tensor]]:
+        """x -> y of each layer: on its own ops, or as one fused function."""
+        layers = self.gpt_neox.layers
+        if attend is not None:
+            return [partial(y, attend=a) for y, a in zip(layers, attend, strict=True)]
+        cos, sin = self.rotary_tables(tokens.shape[1], tokens.device)
+        if self.fused is not None:
+            return [partial(block, cos=cos, sin=sin) for block in self.fused.blocks]
+        return [partial(y, attend=lambda qkv: self.ops.attention(qkv, cos, sin)) for y in layers]
 
     def loss(self, rows: Tensor, scale: float | None = None) -> Tensor:
         """Next-token loss of rows (B, T + 1) int64: scale·Σ, or the mean where scale is None."""
-        logits = self(rows[:, :-1])
-        return self.ops.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), scale)
+        tokens, targets = rows[:, :-1], rows[:, 1:].flatten()
+        x = self.gpt_neox(tokens, self._blocks(tokens, None)).flatten(0, 1)
+        if self.fused is not None:
+            return self.fused.loss(x, targets, scale)
+        return self.ops.cross_entropy(self.embed_out(x), targets, scale)
 
     def rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin (≥ length, R/2), made once and kept."""

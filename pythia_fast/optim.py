@@ -2,14 +2,17 @@
 
 Master weights and both moments each live in one contiguous fp32 buffer, gradients in one of their
 own dtype; the model's parameters are views. Parameters stand in the order of `_kind`, so that what
-decays, what tensor-parallel ranks replicate and what they sum are ranges. One launch updates
-everything, the norm is one reduction, and only loss scaling reads anything back to the host.
+decays, what tensor-parallel ranks replicate and what they sum are ranges; the two products that
+write the residual stream are the columns of one matrix (`_layout`). One launch updates everything,
+the norm is one reduction, and only loss scaling reads anything back to the host.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +63,40 @@ def _kind(name: str, decay_embeddings: bool) -> int:
     return 1 if name.endswith("bias") or (embedding and not decay_embeddings) else 0
 
 
+class Slot(NamedTuple):
+    """Where a parameter lies in the flat buffers; rows of a matrix are `stride` elements apart."""
+
+    start: int
+    shape: torch.Size
+    stride: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        strides = (self.stride, 1)[-len(self.shape) :]
+        return flat.as_strided(self.shape, strides, flat.storage_offset() + self.start)
+
+
+_LEFT, _RIGHT = "attention.dense.weight", "mlp.dense_4h_to_h.weight"
+
+
+def _layout(shapes: dict[str, torch.Size], start: int) -> tuple[dict[str, Slot], int]:
+    """Slots of parameters (matrices, vectors) one after another from `start`, and where they end.
+
+    attention.dense.weight (h, h) and mlp.dense_4h_to_h.weight (h, 4h) of a layer are the columns of
+    one (h, 5h) matrix: [ctx | gelu] [Wo W2]ᵀ is then one product over both.
+    """
+    slots: dict[str, Slot] = {}
+    for name in shapes:
+        if name in slots:  # came with its partner
+            continue
+        pair = (name, name.removesuffix(_LEFT) + _RIGHT)
+        joined = pair if name.endswith(_LEFT) and pair[1] in shapes else pair[:1]
+        columns = [shapes[n][-1] for n in joined]
+        for n, before in zip(joined, itertools.accumulate(columns, initial=0), strict=False):
+            slots[n] = Slot(start + before, shapes[n], sum(columns))
+        start += -(-sum(shapes[n].numel() for n in joined) // _ALIGN) * _ALIGN
+    return slots, start
+
+
 class AdamW:
     """Owns a model's weights and optimizer state.
 
@@ -78,13 +115,14 @@ class AdamW:
         device: torch.device,
     ) -> None:
         self.config, self.precision, self.ops = c, precision, ops
-        kinds = {name: _kind(name, c.decay_embeddings) for name, _ in model.named_parameters()}
-        self.slots: dict[str, tuple[int, torch.Size]] = {}
-        end, ends = 0, [0] * 4  # where each kind ends
-        for name, parameter in sorted(model.named_parameters(), key=lambda x: kinds[x[0]]):
-            self.slots[name] = (end, parameter.shape)
-            end += -(-parameter.numel() // _ALIGN) * _ALIGN
-            ends[kinds[name] :] = [end] * (4 - kinds[name])
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.slots: dict[str, Slot] = {}
+        end, ends = 0, []  # where each kind ends
+        for kind in range(4):
+            of_kind = {n: s for n, s in shapes.items() if _kind(n, c.decay_embeddings) == kind}
+            slots, end = _layout(of_kind, end)
+            self.slots |= slots
+            ends.append(end)
         self.decay_until, self.replicated_from, self.row_biases_from, _ = ends
         # padding between parameters stays 0: its gradient, moments and update are 0
         self.master, self.exp_avg, self.exp_avg_sq = (
@@ -103,7 +141,7 @@ class AdamW:
         # learning rate, t, learning rate of the row biases
         self._scalars = torch.zeros(3, dtype=torch.float32, device=device)
         self._parameters = self._bind(model)
-        self._fresh = self._first_rank = True  # the next gradient overwrites instead of adding
+        self.fresh = self._first_rank = True  # the next gradient overwrites instead of adding
         self._torch = self._make_torch_adamw() if self._backend() == "torch" else None
 
     # --- buffers and views ---
@@ -121,10 +159,17 @@ class AdamW:
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Parameter name -> its part of a flat buffer, in the parameter's shape."""
-        return {
-            name: flat[start : start + shape.numel()].view(shape)
-            for name, (start, shape) in self.slots.items()
-        }
+        return {name: slot.of(flat) for name, slot in self.slots.items()}
+
+    def hand_over(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Flat gradients of parameters, in their order, which the caller adds to from now on.
+
+        Between two calls of `accumulate` it does so once, overwriting where `fresh`.
+        """
+        flats = {id(p): flat for p, flat in self._parameters}
+        theirs = [flats.pop(id(p)) for p in parameters]
+        self._parameters = [(p, flat) for p, flat in self._parameters if id(p) in flats]
+        return theirs
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds: `model.`, `exp_avg.`, `exp_avg_sq.` + name, fp32 views."""
@@ -163,12 +208,12 @@ class AdamW:
         """
         for parameter, flat in self._parameters:
             assert parameter.grad is not None
-            if self._fresh:
+            if self.fresh:
                 flat.copy_(parameter.grad)
             else:
                 flat.add_(parameter.grad)
             parameter.grad = None
-        self._fresh = False
+        self.fresh = False
 
     @torch.no_grad()
     def end_rank(self) -> None:
@@ -181,7 +226,7 @@ class AdamW:
                 self._sum.copy_(self.grad)
             else:
                 self._sum.add_(self.grad)
-            self._first_rank, self._fresh = False, True
+            self._first_rank, self.fresh = False, True
 
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
@@ -193,7 +238,7 @@ class AdamW:
         if self._sum is not None:
             self.grad.copy_(self._sum.mul_(1 / self.precision.ranks))
         norm = self._grad_norm()
-        self._fresh = self._first_rank = True
+        self.fresh = self._first_rank = True
         unscale = 1.0
         if self.loss_scale is not None:
             before, overflow = self.loss_scale.scale, not bool(norm.isfinite())
@@ -227,7 +272,8 @@ class AdamW:
         c = self.config
         self.updates += 1
         t = float(self.updates + c.step_offset)
-        self._scalars.copy_(torch.tensor([lr, t, lr * c.row_bias_copies]))
+        for i, value in enumerate((lr, t, lr * c.row_bias_copies)):
+            self._scalars[i].fill_(value)  # by kernel argument: a copy from the host would wait
         if self._torch is not None:
             # the fused kernel divides gradients by grad_scale on the way (GradScaler's interface)
             self._torch.grad_scale = grad_scale.reciprocal()  # type: ignore[attr-defined]

@@ -219,7 +219,7 @@ class Memory:
     """Bytes on one GPU while training in 16 bits on the Triton kernels, without sharding."""
 
     states: float  # weights, moments, accumulated gradients
-    gradients: float  # of a microbatch, in the compute dtype, until they are accumulated
+    gradients: float  # of a microbatch, in the compute dtype, until autograd's are accumulated
     activations: float
     logits: float
 
@@ -228,18 +228,23 @@ class Memory:
         return self.states + self.gradients + self.activations + self.logits
 
 
-def memory(m: Model, micro_tokens: int, gradient: int = 4) -> Memory:
-    """gradient: bytes of what is accumulated a parameter."""
+def memory(
+    m: Model, micro_tokens: int, gradient: int = 4, fused: bool = True, selective: bool = False
+) -> Memory:
+    """gradient: bytes of what is accumulated a parameter. fused: blocks and head accumulate theirs
+    themselves, autograd those of the embedding and the last norm. selective: kernels.recompute.
+    """
+    by_autograd = (m.vocab_size + 2) * m.hidden if fused else m.parameters
     return Memory(
         states=(STATES + gradient) * m.parameters,
-        gradients=2 * m.parameters,
-        activations=activation_bytes(m) * micro_tokens,
+        gradients=2 * by_autograd,
+        activations=activation_bytes(m, selective) * micro_tokens,
         logits=2 * m.vocab_size * micro_tokens,
     )
 
 
 def activation_bytes(m: Model, selective: bool = False) -> int:
-    """Of a token, 16 bits: all kept, or (not implemented) norms and GELU formed again."""
+    """Of a token, 16 bits: all kept, or (selective) norms and GELU formed again."""
     kept = ACTIVATION_ELEMENTS - RECOMPUTED_ELEMENTS * selective
     return 2 * kept * m.hidden * m.layers
 
@@ -257,11 +262,13 @@ def plan(config: Config, gpus: int, gpu: str) -> dict[str, Any]:
     held = gradient + (GRADIENT[p.gradient_sum] if p.ranks > 1 else 0)  # and the sum over ranks
     m, t, card, seq_len = config.model, config.train, GPUS[gpu], config.data.seq_len
     step, micro = config.tokens_per_step, t.micro_batch_size * seq_len
-    found = memory(m, micro, held)
+    fused = p.gradients == "fp32" and config.kernels.deterministic
+    options = (held, fused, config.kernels.recompute == "selective")
+    found = memory(m, micro, *options)
     fitting = [
         rows
         for rows in range(1, t.batch_size + 1)
-        if t.batch_size % rows == 0 and memory(m, rows * seq_len, held).total <= card.memory
+        if t.batch_size % rows == 0 and memory(m, rows * seq_len, *options).total <= card.memory
     ]
     per_token, a = flops(m, seq_len), bound_a(m, seq_len, step, card, gradient)
     b = bound_b(m, seq_len, step, card, micro, gradient)

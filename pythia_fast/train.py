@@ -58,10 +58,26 @@ class Trainer:
         self.valid_tokens = _valid_tokens(c)
         self.model = Pythia(c.model, ops)
         self.optimizer = AdamW(self.model, c.optimizer, c.precision, ops, self.device)
+        self._fuse()
         self.permanent = frozenset(checkpoint.schedule(c.checkpoint.steps, c.train.steps))
         self.step = 0  # steps done, skipped ones too
         self.first_step = 0  # that of the checkpoint a run was imported from
         self.lr = 0.0  # of the last step
+
+    def _fuse(self) -> None:
+        """Gives the model its fused blocks and head: on the kernels, with gradients added in fp32.
+
+        Not where gradients may differ run to run: attention is then torch's where that is faster.
+        """
+        c, model = self.config, self.model
+        sums_in_fp32 = c.precision.gradients == "fp32"
+        if model.ops.name != "triton" or not sums_in_fp32 or not c.kernels.deterministic:
+            return
+        from pythia_fast import block  # triton, which not every platform has
+
+        if block.takes(c.model.head_dim, model.embed_out.weight.dtype):
+            recompute = c.kernels.recompute == "selective"
+            model.fused = block.Fused(model, self.optimizer, recompute)
 
     # --- the step ---
 

@@ -25,6 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty` and its kin return NaN (floats) or the lowest value (integers)."""
+    with torch.device("meta"):  # on first use it lists torch's constructors, once for all
+        torch.empty(0)
 
     def poisoned(function):  # type: ignore[no-untyped-def]
         def call(*args, **kwargs):  # type: ignore[no-untyped-def]

@@ -112,7 +112,7 @@ MUTANTS = [
     ),
     Mutant(
         "targets not shifted", "pythia_fast/model.py",
-        "rows[:, 1:].flatten(), scale)", "rows[:, :-1].flatten(), scale)",
+        "rows[:, 1:].flatten()", "rows[:, :-1].flatten()",
     ),
 ]  # fmt: skip
 

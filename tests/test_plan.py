@@ -101,17 +101,20 @@ def test_parameters_are_the_models(size: str) -> None:
     assert matrices == plan.matmul_parameters(m)
 
 
-def test_states_are_the_trainers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_states_are_the_trainers(backend: str, tmp_path: Path) -> None:
     """18 bytes a parameter, and the gradients of a microbatch, as the trainer allocates them."""
     write_pair(tmp_path / "tokens", [np.arange(100) % 64] * 20)
     sizes = {"layers": 2, "hidden": 256, "heads": 4, "vocab_size": 1024}  # no padding in buffers
     page = {f"model.{key}": value for key, value in sizes.items()} | {
         "data.prefix": str(tmp_path / "tokens"), "data.order": "sequential", "data.seq_len": 8,
         "train.steps": 1, "train.batch_size": 1, "train.micro_batch_size": 1,
-        "precision.compute": "bf16",
+        "precision.compute": "fp16", "precision.loss_scaling": "dynamic",
+        "kernels.backend": backend,
     }  # fmt: skip
     trainer = Trainer(resolve(page), tmp_path / "run")
-    found, owned = plan.memory(trainer.config.model, 0), trainer.optimizer
+    fused = backend == "triton"
+    found, owned = plan.memory(trainer.config.model, 0, fused=fused), trainer.optimizer
     states = (owned.weight, owned.master, owned.grad, owned.exp_avg, owned.exp_avg_sq)
     assert sum(t.numel() * t.itemsize for t in states if t is not None) == found.states
     assert found.states == 18 * trainer.config.model.parameters

@@ -9,10 +9,11 @@ import pytest
 import tiny_run
 import torch
 
+from pythia_fast import block
 from pythia_fast.config import Model, load
 from pythia_fast.errors import InputError
 from pythia_fast.generate import generate
-from pythia_fast.kernels import attention, checks
+from pythia_fast.kernels import checks
 from pythia_fast.model import Pythia, initialise, materialise
 from pythia_fast.ops import REFERENCE, select
 from pythia_fast.train import train
@@ -29,8 +30,8 @@ def test_losses_and_norms_equal_the_reference_within_fp32_rounding(
 ) -> None:
     """Four steps of two microbatches and a validation; two heads of 32 or 80 dims."""
     launched = []
-    backward = attention.attention_bwd
-    monkeypatch.setattr(attention, "attention_bwd", lambda *a: launched.append(1) or backward(*a))
+    backward = block.block_bwd
+    monkeypatch.setattr(block, "block_bwd", lambda *a: launched.append(1) or backward(*a))
     page = tiny_run.make_page(tmp_path)
     flags = ["--train.steps", "4", "--train.valid_every", "4", "--model.hidden", str(hidden)]
     for backend in ("reference", "triton"):

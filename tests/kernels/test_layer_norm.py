@@ -35,7 +35,9 @@ MUTANTS = [
     Mutant("each program starts at 0", FILE, "tl.range(i_program, ", "tl.range(0, "),
     Mutant("partials of a single slot", FILE, "partials + i_program * K * H", "partials + i_program * H"),
     Mutant("dy's row stride", FILE, "dy1 + i_row * stride_dy1", "dy1 + i_row * H"),
-    Mutant("x's row stride", FILE, "    b_x = load_rows(x + i_row * stride_x, m_row, H, WIDTHS)\n    b_mean", "    b_x = load_rows(x + i_row * H, m_row, H, WIDTHS)\n    b_mean"),
+    Mutant("x's row stride", FILE, "\n    b_x = load_rows(x + i_row * stride_x, m_row", "\n    b_x = load_rows(x + i_row * H, m_row"),
+    Mutant("a single residual bias", FILE, "load_vector(residual_b2, H", "load_vector(residual_b1, H"),
+    Mutant("residual of the wrong rows", FILE, "store_rows(residual + i_row * H", "store_rows(residual + (i_row ^ 1) * H"),
 ]  # fmt: skip
 
 SHAPES = [(1, 96), (63, 128), (65, 768), (100, 96), (257, 512), (7, 1000), (3, 2560), (2, 5120)]
@@ -83,6 +85,25 @@ def test_any_shape(batch: int, positions: int, h: int, sliced: bool) -> None:
     prove(kernels.dual_layer_norm, reference.dual_layer_norm, (x, *vectors), grads)
 
 
+def check_residual(module: ModuleType, rows: int, h: int, dtype: torch.dtype) -> None:
+    """x + (b1 + b2) rounded once, and the norms of x as without it."""
+    (x, w1, b1, w2, b2), _ = dual_inputs(rows, h, dtype)
+    x, residual = wide_slice(x), torch.empty(rows, h, dtype=dtype, device=DEVICE)
+    norms = ((w1, b1), (w2, b2))
+    ys, *statistics = module.layer_norm_fwd(x, norms, 1e-5, residual, (w2, b1))
+    assert torch.equal(residual, (x.float() + (w2.float() + b1.float())).to(dtype))
+    alone, *of_alone = module.layer_norm_fwd(x, norms, 1e-5)
+    for a, b in zip((*ys, *statistics), (*alone, *of_alone), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows,h", [(1, 96), (65, 768), (5, 1000)])
+@pytest.mark.usefixtures("poison")
+def test_residual(rows: int, h: int, dtype: torch.dtype) -> None:
+    check_residual(kernels, rows, h, dtype)
+
+
 def check(module: ModuleType) -> None:
     """The smallest inputs that every mutant above fails on: padded columns, strides, several rows."""
     for h in (96, 100):
@@ -91,6 +112,7 @@ def check(module: ModuleType) -> None:
         args = (wide_slice(args[0]), *args[1:])
         cotangents = tuple(map(wide_slice, cotangents))
         prove(module.dual_layer_norm, reference.dual_layer_norm, args, cotangents)
+    check_residual(module, 40, 100, torch.float16)
 
 
 def test_check_passes() -> None:

@@ -10,10 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_proof import Mutant, assert_close, assert_killed
-from op_proof import DEVICE, DTYPES, normal, wide_slice
+from op_proof import DEVICE, DTYPES, Allocations, normal, wide_slice
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from pythia_fast.kernels import linear_cross_entropy as kernels
 from pythia_fast.kernels import reference
@@ -23,9 +21,10 @@ MUTANTS = [
     Mutant("last chunk too long", FILE, "min(start + step, rows))", "min(start + step, rows - 1))"),
     Mutant("every chunk's targets are the first's", FILE, "targets[chunk], scale", "targets[: len(logits)], scale"),
     Mutant("dx always at the start", FILE, "out=dx[chunk]", "out=dx[: len(logits)]"),
-    Mutant("weight gradient of the last chunk only", FILE, "add=start > 0 or weight_grad is not None", "add=weight_grad is not None"),
-    Mutant("weight_grad overwritten", FILE, "add=start > 0 or weight_grad is not None", "add=start > 0"),
-    Mutant("dW of the whole x", FILE, "logits.t(), x[chunk], add", "logits.t(), x[: len(logits)], add"),
+    Mutant("weight gradient of the last chunk only", FILE, "start > 0 or add)", "add)"),
+    Mutant("weight_grad overwritten", FILE, "start > 0 or add)", "start > 0)"),
+    Mutant("weight_grad never overwritten", FILE, "start > 0 or add)", "start > 0 or weight_grad is not None)"),
+    Mutant("dW of the whole x", FILE, "logits.t(), x[chunk], start", "logits.t(), x[: len(logits)], start"),
     Mutant("weight gradient in the narrow dtype", FILE, "total.addmm_(a.float(), b.float(), beta=beta)", "total.copy_(total.to(a.dtype) * beta + (a @ b))"),
     Mutant("incoming gradient ignored", FILE, "cross_entropy_bwd(gradient, dloss)", "cross_entropy_bwd(gradient, dloss * 0 + 1)"),
     Mutant("wrong incoming gradient not told", FILE, "torch.where(dloss == 1, dloss, torch.nan)", "dloss"),
@@ -100,16 +99,20 @@ def test_any_shape(rows: int, h: int, columns: int, chunk_rows: int | None, slic
     prove(kernels, x, weight, targets, dloss=-2.0, scale=1.0, chunk_rows=chunk_rows)
 
 
-def check_weight_grad(module: ModuleType, dtype: torch.dtype, chunk_rows: int | None) -> None:
-    """Two microbatches add up in fp32; what stood there stays; the weight itself gets none."""
+def check_weight_grad(
+    module: ModuleType, dtype: torch.dtype, chunk_rows: int | None, stays: bool = True
+) -> None:
+    """Two microbatches add up in fp32; what stood there stays or goes; the weight gets none."""
     first, second = inputs(20, 24, 50, dtype), inputs(20, 24, 50, dtype)
     weight = first[1].requires_grad_()
     total = torch.full((50, 24), 3.0, device=DEVICE)
-    exact = total.double()
-    same = total.to(dtype)
-    for x, _, targets in (first, second):
+    if not stays:
+        total.fill_(float("nan"))
+    exact = total.double() if stays else torch.zeros(50, 24, device=DEVICE).double()
+    same = exact.to(dtype)
+    for add, (x, _, targets) in zip((stays, True), (first, second), strict=True):
         x.requires_grad_()
-        options = {"scale": 1.0, "chunk_rows": chunk_rows, "weight_grad": total}
+        options = {"scale": 1.0, "chunk_rows": chunk_rows, "weight_grad": total, "add": add}
         module.linear_cross_entropy(x, weight, targets, **options).backward()
         wide = results(
             reference.linear_cross_entropy, x.double(), weight.double(), targets, scale=1.0
@@ -129,7 +132,8 @@ def check_weight_grad(module: ModuleType, dtype: torch.dtype, chunk_rows: int | 
 @pytest.mark.parametrize("chunk_rows", [None, 7])
 @pytest.mark.usefixtures("poison")
 def test_weight_grad(chunk_rows: int | None, dtype: torch.dtype) -> None:
-    check_weight_grad(kernels, dtype, chunk_rows)
+    for stays in (True, False):
+        check_weight_grad(kernels, dtype, chunk_rows, stays)
 
 
 def check_wrong_incoming_gradient(module: ModuleType) -> None:
@@ -139,22 +143,6 @@ def check_wrong_incoming_gradient(module: ModuleType) -> None:
     loss = module.linear_cross_entropy(x, weight.requires_grad_(), targets, weight_grad=total)
     (2 * loss).backward()
     assert x.grad is not None and torch.isnan(x.grad).all()
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of every storage that operations make anew, freed ones included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}  # fmt: skip
-        for t in tree_iter(out):
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
-                self.sizes.append(t.untyped_storage().nbytes())
-        return out
 
 
 @pytest.fixture
@@ -193,7 +181,8 @@ def test_memory() -> None:
 def check(module: ModuleType) -> None:
     torch.manual_seed(0)
     prove(module, *inputs(10, 24, 50, torch.float32), dloss=2.0, scale=1.0, chunk_rows=4)
-    check_weight_grad(module, torch.float16, 7)
+    for stays in (True, False):
+        check_weight_grad(module, torch.float16, 7, stays)
     check_wrong_incoming_gradient(module)
     check_memory(module)
 

@@ -103,6 +103,7 @@ BF16 = torch.bfloat16
 def rows(count: int, hidden: int) -> None:
     x, w = torch.randn(count, hidden).to(BF16), torch.randn(hidden).to(BF16)
     layer_norm.layer_norm_fwd(x, ((w, w),), 1e-5)
+    layer_norm.layer_norm_fwd(x, ((w, w), (w, w)), 1e-5, torch.empty_like(x), (w, w))
     _, mean, rstd = layer_norm.layer_norm_fwd(x, ((w, w), (w, w)), 1e-5)
     layer_norm.layer_norm_bwd(x, x, (x, x), (w, w), mean, rstd, True)
     layer_norm.layer_norm_bwd(x, x, (x, x), (w, w), mean, rstd)

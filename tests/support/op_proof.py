@@ -8,6 +8,8 @@ import pytest
 import torch
 from kernel_proof import assert_close
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from bench.bound import rounding_errors
 
@@ -82,3 +84,19 @@ def far_rows(rows: Tensor) -> Tensor:
         pytest.skip("needs 4 GiB of address space")
     view = buffer.as_strided(rows.shape, (2**30, 1))
     return view.copy_(rows)
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of every storage that operations make anew, freed ones included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}  # fmt: skip
+        for t in tree_iter(out):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.sizes.append(t.untyped_storage().nbytes())
+        return out

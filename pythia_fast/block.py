@@ -1,0 +1,233 @@
+"""One parallel block as one autograd function on the kernels, and the head's product with its loss.
+
+    n1, n2 = LN₁ x, LN₂ x            both norms of the same x in one pass (mean, rstd)
+    qkv    = n1 Wqkvᵀ + bqkv         q and k turned in place
+    u      = n2 W1ᵀ
+    both   = [attention(qkv) | gelu(u + b1)]          one (M, 5h) buffer, M = B·T
+    y      = (x + (bo + b2)) + both [Wo W2]ᵀ          one product, added in place
+
+Saved: x, n1, n2 (2h), qkv (3h, turned), lse, u (4h), both (5h), mean and rstd: 15·h elements a
+token beside the statistics. n1, n2 and both are operands of the weight gradients, u is what GELU's
+derivative is made of (its own output does not give it back), and x is the block's input. With
+`recompute` 9·h: n1, n2 and the GELU are made again from x and u, to the same bits; ctx is kept
+apart and copied back into its columns.
+
+x + (bo + b2) is written by the norms' kernel, which holds x in registers, and the product adds to
+it where it lies: torch's out-of-place `addmm` would copy x there first (a pass of 2·h elements a
+token), and neither adds a bias of its own; an epilogue of cuBLASLt that adds both is not to be had
+from torch. So one more rounding of the residual stream than its sum alone has.
+
+Backward, dy (M, h): every product's operands lie ready, the residual's gradient joins inside the
+norms' kernel, and nothing is copied by autograd, which sees x and y alone. The weights' gradients
+are added in fp32 by the products themselves, in the optimizer's flat gradient; the first microbatch
+of a step overwrites. Σ_rows dy, the gradient of bo and of b2, is a by-product of the block above:
+its dx is this block's dy, and its norms' kernel sums dx before it is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pythia_fast.kernels.attention import attention_fwd
+from pythia_fast.kernels.attention_bwd import attention_bwd
+from pythia_fast.kernels.attention_tiles import DTYPES, HEAD_DIMS
+from pythia_fast.kernels.gelu import gelu_bwd, gelu_fwd
+from pythia_fast.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
+from pythia_fast.kernels.linear_cross_entropy import accumulate, linear_cross_entropy
+from pythia_fast.kernels.parallel_residual import parallel_residual_bwd
+from pythia_fast.kernels.rotary import rotary_fwd
+from pythia_fast.model import Layer, Pythia
+
+
+class Sums(Protocol):
+    """Who owns the fp32 gradients: the optimizer."""
+
+    fresh: bool  # the next gradient overwrites instead of adding
+
+    def hand_over(self, parameters: Iterable[Tensor]) -> list[Tensor]: ...
+
+
+class Tensors(NamedTuple):
+    """The weights of a block, or their gradients."""
+
+    norm1: Tensor  # (h,), as all vectors but two
+    norm1_bias: Tensor
+    norm2: Tensor
+    norm2_bias: Tensor
+    qkv: Tensor  # (3h, h)
+    qkv_bias: Tensor  # (3h,)
+    mlp: Tensor  # (4h, h), W1
+    mlp_bias: Tensor  # (4h,), b1
+    out: Tensor  # (h, 5h), [Wo W2]
+    attention_out_bias: Tensor  # bo
+    mlp_out_bias: Tensor  # b2
+
+
+class Block:
+    """x (B, T, h) -> y: one layer's weights, and where their gradients add up."""
+
+    def __init__(self, layer: Layer, sums: Sums, recompute: bool) -> None:
+        parameters = _parameters(layer)
+        self.weights = _tensors([p.detach() for p in parameters])
+        self.grads = _tensors(sums.hand_over(parameters))
+        self.sums, self.recompute = sums, recompute
+        self.heads = layer.attention.heads
+        self.eps, self.approximate = layer.input_layernorm.eps, layer.mlp.approximate
+        self.below: Block | None = None  # whose y is x, and nothing else's
+        self.is_top = True  # no block sums dy on its way
+
+    @property
+    def norms(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        w = self.weights
+        return (w.norm1, w.norm1_bias), (w.norm2, w.norm2_bias)
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return cast(Tensor, BlockFunction.apply(x, self, cos, sin))
+
+
+class BlockFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Block, cos: Tensor, sin: Tensor) -> Tensor:
+        y, saved = block_fwd(x, block, cos, sin)
+        ctx.block = block
+        ctx.save_for_backward(x, cos, sin, *saved)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        return block_bwd(dy.contiguous(), ctx.block, *ctx.saved_tensors), None, None, None
+
+
+def block_fwd(
+    x: Tensor, block: Block, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """y like x (B, T, h), and what the backward needs beside x. cos, sin (≥T, R/2)."""
+    w, h = block.weights, x.shape[-1]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    biases = (w.attention_out_bias, w.mlp_out_bias)
+    (n1, n2), mean, rstd = layer_norm_fwd(x, block.norms, block.eps, y, biases)
+
+    both = x.new_empty(*x.shape[:-1], 5 * h)  # [ctx | gelu]
+    qkv = torch.addmm(w.qkv_bias, _rows(n1), w.qkv.t()).view(*x.shape[:-1], block.heads, -1)
+    _, lse = attention_fwd(rotary_fwd(qkv, cos, sin), out=both[..., :h])
+    u = torch.mm(_rows(n2), w.mlp.t())
+    gelu_fwd(u, w.mlp_bias, block.approximate, out=_rows(both)[:, h:])
+
+    _rows(y).addmm_(_rows(both), w.out.t())
+    kept = (mean, rstd, qkv, lse, u)
+    if block.recompute:
+        return y, (*kept, both[..., :h].clone(memory_format=torch.contiguous_format))
+    return y, (*kept, n1, n2, both)
+
+
+def made_again(block: Block, x: Tensor, u: Tensor, ctx: Tensor) -> tuple[Tensor, ...]:
+    """(n1, n2, both) from what a block keeps under `recompute`."""
+    h = x.shape[-1]
+    (n1, n2), _, _ = layer_norm_fwd(x, block.norms, block.eps)
+    both = x.new_empty(*x.shape[:-1], 5 * h)
+    both[..., :h].copy_(ctx)
+    gelu_fwd(u, block.weights.mlp_bias, block.approximate, out=_rows(both)[:, h:])
+    return n1, n2, both
+
+
+def block_bwd(
+    dy: Tensor, block: Block,
+    x: Tensor, cos: Tensor, sin: Tensor,
+    mean: Tensor, rstd: Tensor, qkv: Tensor, lse: Tensor, u: Tensor, *made: Tensor,
+) -> Tensor:  # fmt: skip
+    """dx, contiguous like x; the gradients of the weights go to block.grads."""
+    w, g, h, add = block.weights, block.grads, x.shape[-1], not block.sums.fresh
+    n1, n2, both = made_again(block, x, u, *made) if block.recompute else made
+    d_both = torch.mm(_rows(dy), w.out).view(both.shape)  # [d ctx | d gelu]
+    accumulate(g.out, _rows(dy).t(), _rows(both), add)
+
+    d_gelu = _rows(d_both)[:, h:]
+    du, d_mlp_bias = gelu_bwd(u, w.mlp_bias, d_gelu, block.approximate, torch.float32)
+    accumulate(g.mlp, du.t(), _rows(n2), add)
+    d_n2 = torch.mm(du, w.mlp).view(x.shape)
+
+    d_ctx = d_both[..., :h]
+    d_qkv = attention_bwd(qkv, both[..., :h], lse, d_ctx, cos, sin).view(-1, 3 * h)
+    accumulate(g.qkv, d_qkv.t(), _rows(n1), add)
+    d_n1 = torch.mm(d_qkv, w.qkv).view(x.shape)
+
+    weights = (w.norm1, w.norm2)
+    dx, (*d_norms, d_below) = layer_norm_bwd(
+        x, dy, (d_n1, d_n2), weights, mean, rstd, sum_dx=True, sums_dtype=torch.float32
+    )
+    totals = [g.norm1, g.norm1_bias, g.norm2, g.norm2_bias, g.qkv_bias, g.mlp_bias]
+    vectors = [*d_norms, d_qkv.sum(0, dtype=torch.float32), d_mlp_bias]
+    if block.is_top:
+        totals += [g.attention_out_bias, g.mlp_out_bias]
+        vectors += [parallel_residual_bwd(dy, torch.float32)] * 2
+    if block.below is not None:
+        totals += [block.below.grads.attention_out_bias, block.below.grads.mlp_out_bias]
+        vectors += [d_below] * 2
+    (torch._foreach_add_ if add else torch._foreach_copy_)(totals, vectors)
+    return dx
+
+
+class Fused:
+    """A model's blocks and its head where the kernels run them and gradients add up in fp32."""
+
+    def __init__(self, model: Pythia, sums: Sums, recompute: bool = False) -> None:
+        layers = cast(Iterable[Layer], model.gpt_neox.layers)
+        self.blocks = [Block(layer, sums, recompute) for layer in layers]
+        for below, above in zip(self.blocks, self.blocks[1:], strict=False):
+            above.below, below.is_top = below, False
+        self.sums, self.head = sums, model.embed_out.weight
+        (self.head_grad,) = sums.hand_over([self.head])
+
+    def loss(self, x: Tensor, targets: Tensor, scale: float | None) -> Tensor:
+        """scale·Σ of the rows' losses, or the mean; x (M, h), targets (M,) int64.
+
+        The logits exist once, in x's dtype, and their gradient replaces them. The head's gradient
+        is added here, before the backward pass: call it with grad enabled only to run that pass,
+        with a gradient of 1.
+        """
+        return linear_cross_entropy(
+            x, self.head, targets, scale, None, self.head_grad, add=not self.sums.fresh
+        )
+
+
+def takes(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the attention kernel has this head dim and dtype."""
+    return head_dim in HEAD_DIMS and dtype in DTYPES
+
+
+def joined(left: Tensor, right: Tensor) -> Tensor:
+    """The matrix [left right] of which both are columns; ValueError where they are not."""
+    rows, columns = left.shape[0], left.shape[1] + right.shape[1]
+    adjacent = right.data_ptr() == left.data_ptr() + left.shape[1] * left.element_size()
+    if not (adjacent and left.stride() == right.stride() == (columns, 1)):
+        raise ValueError(
+            f"strides {left.stride()} and {right.stride()} at {left.data_ptr():#x} and"
+            f" {right.data_ptr():#x}: not the columns of one ({rows}, {columns}) matrix"
+        )
+    return left.as_strided((rows, columns), (columns, 1))
+
+
+def _parameters(layer: Layer) -> list[Tensor]:
+    n1, n2 = layer.input_layernorm, layer.post_attention_layernorm
+    qkv, dense = layer.attention.query_key_value, layer.attention.dense
+    mlp_in, mlp_out = layer.mlp.dense_h_to_4h, layer.mlp.dense_4h_to_h
+    pairs = [(m.weight, m.bias) for m in (n1, n2, qkv, mlp_in)]
+    return [*(p for pair in pairs for p in pair), dense.weight, mlp_out.weight,
+            dense.bias, mlp_out.bias]  # fmt: skip
+
+
+def _tensors(parts: list[Tensor]) -> Tensors:
+    """parts: as `_parameters` orders them."""
+    *first, dense, mlp_out, dense_bias, mlp_out_bias = parts
+    return Tensors._make([*first, joined(dense, mlp_out), dense_bias, mlp_out_bias])
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(B, T, n) as (M, n)."""
+    return t.view(-1, t.shape[-1])
