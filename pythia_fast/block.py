@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from pythia_fast.kernels.attention import attention_fwd
 from pythia_fast.kernels.attention_bwd import attention_bwd
-from pythia_fast.kernels.attention_tiles import DTYPES, HEAD_DIMS
+from pythia_fast.kernels.attention_tiles import DTYPES, HEAD_DIMS, turns
 from pythia_fast.kernels.gelu import gelu_bwd, gelu_fwd
 from pythia_fast.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
 from pythia_fast.kernels.linear_cross_entropy import accumulate, linear_cross_entropy
@@ -196,9 +196,9 @@ class Fused:
         )
 
 
-def takes(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the attention kernel has this head dim and dtype."""
-    return head_dim in HEAD_DIMS and dtype in DTYPES
+def takes(head_dim: int, rotary_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the attention kernel has this head dim, can turn these dims, and has this dtype."""
+    return head_dim in HEAD_DIMS and turns(head_dim, rotary_dim // 2) and dtype in DTYPES
 
 
 def joined(left: Tensor, right: Tensor) -> Tensor:

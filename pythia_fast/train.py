@@ -75,7 +75,7 @@ class Trainer:
             return
         from pythia_fast import block  # triton, which not every platform has
 
-        if block.takes(c.model.head_dim, model.embed_out.weight.dtype):
+        if block.takes(c.model.head_dim, c.model.rotary_dim, model.embed_out.weight.dtype):
             recompute = c.kernels.recompute == "selective"
             model.fused = block.Fused(model, self.optimizer, recompute)
 
