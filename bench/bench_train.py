@@ -5,8 +5,9 @@
 The same synthetic batch and recipe in every implementation (`bench/train_peers.py`), each in a
 process of its own, in turns of opposite order. Before anything is timed, the loss of a microbatch
 must agree with the reference model's on the same weights; afterwards it must have fallen. One step
-is a whole optimizer step: every microbatch, clipping, update. Tokens a step are those of the
-original run on one GPU, the microbatch the largest that fits; what ran out of memory is in the row.
+is a whole optimizer step: every microbatch, clipping, update. Tokens a step are one microbatch
+of the original on one GPU (6.9b and 12b accumulated two); the microbatch here is the largest that
+fits; what ran out of memory is in the row.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         "directory", type=Path, help="with config.json and weights, or global_step<N> of GPT-NeoX"
     )
     bring.add_argument("--run", type=Path, required=True, help="new run directory")
-    bring.add_argument("--yaml", type=Path, help="the NeoX run's page, where no file names heads")
+    bring.add_argument("--yaml", type=Path, help="the NeoX run's page: heads, rates, batch")
     export = add_command(
         commands, "export", _export, "a checkpoint to a Hugging Face or NeoX directory",
         "pythia-fast export runs/quickstart/checkpoints/step600 --out hf/",

@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pythia_fast.errors import InputError
 from pythia_fast.recipe import PRESETS, switches
 from pythia_fast.validation import validate
+from pythia_fast.values import convert, describe, toml_value
 
 
 def _key(default: Any, doc: str) -> Any:
@@ -203,8 +203,12 @@ class Config:
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The keys that decide the losses beyond rounding: not paths, layout, logs, storage."""
-        return {k: v for k, v in flatten(self).items() if k not in _NOT_DECISIVE}
+        """The keys that decide the losses beyond rounding: not paths, layout, logs, storage.
+
+        Rows a microbatch are one where gradients add up in 16 bits.
+        """
+        rounding = {"train.micro_batch_size"} if self.precision.gradients == "fp32" else set()
+        return {k: v for k, v in flatten(self).items() if k not in _NOT_DECISIVE | rounding}
 
     @property
     def digest(self) -> str:
@@ -215,8 +219,8 @@ class Config:
 _NOT_DECISIVE = frozenset(
     """
     recipe model.preset data.prefix data.valid_prefix data.tokenizer data.cache
-    train.micro_batch_size train.valid_every train.valid_rows optimizer.backend kernels.backend
-    kernels.recompute
+    train.valid_every train.valid_rows optimizer.backend
+    kernels.backend kernels.deterministic kernels.recompute
     checkpoint.steps checkpoint.every checkpoint.keep
     log.every log.sample log.tensorboard log.wandb
     """.split()
@@ -319,42 +323,10 @@ def _nearest(name: str, known: Any) -> str:
 def _checked(name: str, value: Any, where: str) -> Any:
     hint = _hint(name, where)
     for option in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
-        converted = _convert(value, option)
+        converted = convert(value, option)
         if converted is not None:
             return converted
-    raise InputError(f"{where}{name} = {value!r}: expected {_describe(hint)}")
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """value as hint, or None where it is of another kind. bool is no int, nan is no float."""
-    if get_origin(hint) is Literal:
-        return value if value in get_args(hint) and isinstance(value, str) else None
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            return None
-        kinds = get_args(hint)
-        kinds = (kinds[0],) * len(value) if kinds[-1] is Ellipsis else kinds
-        items = tuple(_convert(v, k) for v, k in zip(value, kinds, strict=False))
-        return None if len(value) != len(kinds) or None in items else items
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if math.isfinite(value) else None
-    return value if type(value) is hint else None
-
-
-def _describe(hint: Any) -> str:
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_describe(option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return " or ".join(repr(choice) for choice in get_args(hint))
-    if get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        return f"a list of {'' if kinds[-1] is Ellipsis else f'{len(kinds)} '}{kinds[0].__name__}s"
-    return {
-        "int": "a whole number",
-        "float": "a number",
-        "str": "a string",
-        "bool": "true or false",
-    }[hint.__name__]
+    raise InputError(f"{where}{name} = {value!r}: expected {describe(hint)}")
 
 
 def _apply(config: Config, values: dict[str, Any]) -> Config:
@@ -387,17 +359,6 @@ def to_toml(config: Config) -> str:
         keys = dataclasses.asdict(getattr(config, section))
         lines += [f"{key} = {toml_value(value)}" for key, value in keys.items()]
     return "\n".join(lines).lstrip() + "\n"
-
-
-def toml_value(value: Any) -> str:
-    """value as TOML spells it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(toml_value(v) for v in value)}]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return repr(value)
 
 
 def describe_keys() -> Iterator[tuple[str, str, str]]:

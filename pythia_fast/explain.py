@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pythia_fast.config import Config, describe_keys, flatten, resolve, toml_value
-from pythia_fast.recipe import RECIPES, SWITCHES, switches
+from pythia_fast.config import Config, describe_keys, flatten, resolve
+from pythia_fast.recipe import RECIPES, SWITCHES, switches, unverified
+from pythia_fast.values import toml_value
 
 _COMPARED = (
     *("model.", "optimizer.", "precision.", "data.order", "data.seq_len"),
-    *("train.steps", "train.batch_size", "train.seed"),
+    *("train.steps", "train.batch_size", "train.micro_batch_size", "train.seed"),
 )
 
 
@@ -31,8 +32,8 @@ def differing(config: Config) -> dict[str, tuple[Any, Any]]:
         ours["data.order"] = theirs["data.order"]
     return {
         key: (ours[key], theirs[key])
-        for key in ours
-        if key.startswith(_COMPARED) and key != "optimizer.backend" and ours[key] != theirs[key]
+        for key in config.decisive
+        if key.startswith(_COMPARED) and ours[key] != theirs[key]
     }
 
 
@@ -45,30 +46,34 @@ def differences(config: Config) -> list[str]:
 
 
 def explain(config: Config) -> Iterator[dict[str, Any]]:
-    """One object a switch, then one for each other key that differs from the published run.
+    """One object a switch, then one a key beside them that differs or whose original is not known.
 
     "switch": the key; "value": in this run; "pythia-v1", "modern": in the recipes, for this run's
     preset; "published": in the published run, null without a preset; "differs": from it;
-    "what", "reason", "source": one line each. Other keys have no recipe, reason or source.
+    "unverified": why the published value is not known for sure, or null; "what", "reason",
+    "source": one line each. Other keys have no recipe, reason or source.
     """
     ours, preset = flatten(config), config.model.preset
     theirs = published(preset) if preset else {}
     recipes = {name: switches(name, preset) for name in RECIPES}
     docs = {key: doc for key, _, doc in describe_keys()}
-    rest = differing(config).keys() - {s.key for s in SWITCHES}
+    differ, open_questions = differing(config), unverified(preset)
+    rest = (differ.keys() | open_questions) - {s.key for s in SWITCHES}
     for s in SWITCHES:
         yield {
             "switch": s.key,
             "value": ours[s.key],
             **{name: values.get(s.key, ours[s.key]) for name, values in recipes.items()},
             "published": theirs.get(s.key),
-            "differs": bool(preset) and ours[s.key] != theirs[s.key],
+            "differs": s.key in differ,
+            "unverified": open_questions.get(s.key),
             "what": docs[s.key],
             "reason": s.reason,
             "source": s.source,
         }
     for key in (k for k in ours if k in rest):
-        row = {"switch": key, "value": ours[key], "published": theirs[key], "differs": True}
+        row = {"switch": key, "value": ours[key], "published": theirs[key]}
+        row |= {"differs": key in differ, "unverified": open_questions.get(key)}
         yield row | {"what": docs[key]}
 
 
@@ -86,13 +91,18 @@ def as_text(config: Config) -> str:
                 f"    {row['reason']} [{row['source']}]",
             ]
     lines.append("")
+    theirs = published(config.model.preset) if config.model.preset else {}
     if not config.model.preset:
         lines.append("no preset: there is no published run to compare with")
     elif found := differences(config):
         lines.append(f"differs from the published {config.model.preset}:")
         lines += [f"    {line}" for line in found]
+    elif unverified(config.model.preset):
+        lines.append(f"no key differs from what is known of the published {config.model.preset}")
     else:
         lines.append(f"every key is that of the published {config.model.preset}")
+    for key, reason in unverified(config.model.preset).items():
+        lines.append(f"unverified: {key} = {toml_value(theirs[key])}: {reason}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What a model costs before it runs: FLOPs, bytes, memory, and the speed that no run can beat.
+"""What a model costs before it runs: FLOPs, bytes, memory, and bounds of its speed.
 
 Nothing here is measured on this project's kernels. Two bounds of the speed on one GPU, both with
 all kernels of a step in a row, elementwise work fused as far as it can be, and the optimizer:
@@ -268,7 +268,8 @@ def plan(config: Config, gpus: int, gpu: str) -> dict[str, Any]:
     fitting = [
         rows
         for rows in range(1, t.batch_size + 1)
-        if t.batch_size % rows == 0 and memory(m, rows * seq_len, *options).total <= card.memory
+        if t.batch_size % (p.ranks * rows) == 0
+        and memory(m, rows * seq_len, *options).total <= card.memory
     ]
     per_token, a = flops(m, seq_len), bound_a(m, seq_len, step, card, gradient)
     b = bound_b(m, seq_len, step, card, micro, gradient)
@@ -323,4 +324,5 @@ def describe(row: dict[str, Any]) -> str:
             f"{at['ms_per_step']:,.1f} ms a step, {at['hours']:,.1f} hours, "
             f"MFU {at['mfu_causal']:.1%} causal, {at['mfu_palm']:.1%} PaLM"
         )
-    return "\n".join([*lines, "bounds, not measurements: no run can be faster than A"])
+    said = "bounds, not measurements: A is at the product rate measured for the card"
+    return "\n".join([*lines, said])

@@ -221,7 +221,7 @@ class Trainer:
         try:
             manifest = checkpoint.read_manifest(path)
             imported = "ledger" not in manifest  # no history here
-            _check_recipe(path, self.config, imported)
+            _check_recipe(path, self.config, manifest)
             state = self.optimizer.state()
             weights_alone = imported and "updates" not in manifest
             wanted = {k: v for k, v in state.items() if k.startswith("model.") or not weights_alone}
@@ -346,20 +346,25 @@ def train(config: Config, run: Path) -> dict[str, Any]:
 _FUNCTION = ("layers", "hidden", "heads", "vocab_size", "rotary_pct", "rotary_base", "norm_eps")
 
 
-def _check_recipe(path: Path, config: Config, imported: bool) -> None:
-    """Refuses to continue a checkpoint under a page that decides other losses."""
-    saved = checkpoint.config_of(path)
+def _check_recipe(path: Path, config: Config, manifest: dict[str, Any]) -> None:
+    """Refuses to continue a checkpoint under a page that decides other losses.
+
+    Imported weights fix the function. An imported optimizer state also fixes what is known of its
+    run: "known" of the manifest, keys of its config that are no defaults.
+    """
+    saved, imported = checkpoint.config_of(path), "ledger" not in manifest
     if not imported and saved.recipe and config.recipe and saved.recipe != config.recipe:
         raise InputError(
             f"{path} was trained with recipe = {saved.recipe!r}, not {config.recipe!r}: "
             "recipes do not mix, choose another directory with --run"
         )
     before, now = saved.decisive, config.decisive
-    for key in (f"model.{name}" for name in _FUNCTION) if imported else now:
-        if before[key] != now[key]:
+    fixed = {f"model.{name}" for name in _FUNCTION} | set(manifest.get("known", ()))
+    way_out = "set it in the page" if imported else "choose another directory with --run"
+    for key in now if not imported else (k for k in now if k in fixed):
+        if key in before and before[key] != now[key]:
             raise InputError(
-                f"{path} was trained with {key} = {before[key]!r}, not {now[key]!r}: "
-                "choose another directory with --run"
+                f"{path} was trained with {key} = {before[key]!r}, not {now[key]!r}: {way_out}"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -153,6 +154,22 @@ def test_explain_prints_every_switch_and_trains_nothing(
     assert 'optimizer.schedule = "cosine" (published: "neox-v1")' in text
     assert main(["train", str(page), "--explain"]) == 0
     assert "every key is that of the published pythia-12b" in capsys.readouterr().out
+    for size, keys in (
+        ("14m", {"model.rope_table", "optimizer.schedule"}),
+        ("31m", {"model.rope_table", "optimizer.schedule"}),
+        ("1b", {"train.micro_batch_size", "optimizer.lr", "optimizer.min_lr",
+                "precision.gradient_sum", "precision.loss_scaling"}),
+        ("1b-deduped", {"optimizer.lr", "optimizer.min_lr"}),
+    ):  # fmt: skip
+        page = str(REPOSITORY / "configs" / f"pythia-{size}.toml")
+        assert main(["train", page, "--explain"]) == 0
+        text = capsys.readouterr().out
+        assert "every key is that of" not in text
+        assert set(re.findall(r"^unverified: (\S+) = ", text, re.M)) == keys
+        assert main(["train", page, "--explain", "--json"]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert {row["switch"] for row in rows if row["unverified"]} == keys
+        assert not any(row["differs"] for row in rows)
     assert main(["train", str(REPOSITORY / "configs" / "quickstart.toml"), "--explain"]) == 0
     assert "there is no published run to compare with" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

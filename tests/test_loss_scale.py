@@ -118,27 +118,46 @@ def test_a_constant_ceiling_gives_the_skips_of_a_whole_run() -> None:
     assert 140 <= growths <= 145
 
 
-def test_the_minimum_ends_the_run_with_hysteresis_and_holds_without() -> None:
-    scale = real.LossScale(hysteresis=True, scale=2.0, chances=1)
+def check_limits(module: ModuleType) -> None:
+    """The minimum ends a run with hysteresis and holds without; 50 skips in a row end both."""
+    scale = module.LossScale(hysteresis=True, scale=2.0, chances=1)
     scale.update(True)
     assert scale.scale == 1.0
     with pytest.raises(CheckError, match="loss scale at its minimum 1"):
         scale.update(True)
-    held = real.LossScale(hysteresis=False, scale=1.0)
+    held = module.LossScale(hysteresis=False, scale=1.0)
     held.update(True)
     assert held.scale == 1.0
+    for hysteresis in (True, False):
+        scale = module.LossScale(hysteresis=hysteresis, scale=2.0**120)
+        for _ in range(49):
+            scale.update(True)
+        scale.update(False)
+        for _ in range(49):
+            scale.update(True)
+        with pytest.raises(CheckError, match="50 steps in a row"):
+            scale.update(True)
 
 
-@pytest.mark.parametrize("hysteresis", [True, False])
-def test_fifty_skipped_steps_in_a_row_end_the_run(hysteresis: bool) -> None:
-    scale = real.LossScale(hysteresis=hysteresis, scale=2.0**120)
-    for _ in range(49):
-        scale.update(True)
-    scale.update(False)
-    for _ in range(49):
-        scale.update(True)
-    with pytest.raises(CheckError, match="50 steps in a row"):
-        scale.update(True)
+LIMIT_MUTANTS = [
+    Mutant("60 skips allowed", FILE, "MAX_SKIPPED = 50", "MAX_SKIPPED = 60"),
+    Mutant("49 skips end a run", FILE, "MAX_SKIPPED = 50", "MAX_SKIPPED = 49"),
+    Mutant("skips counted in all", FILE, "self.skipped_in_a_row + 1 if overflow else 0", "self.skipped_in_a_row + overflow"),
+    Mutant("a minimum of 2", FILE, "2.0**12, 1.0, 2.0", "2.0**12, 2.0, 2.0"),
+    Mutant("a minimum of 1/2", FILE, "2.0**12, 1.0, 2.0", "2.0**12, 0.5, 2.0"),
+    Mutant("the minimum holds in both", FILE, "if self.hysteresis and self.scale == MINIMUM", "if False"),
+    Mutant("the minimum ends both", FILE, "if self.hysteresis and self.scale == MINIMUM", "if self.scale == MINIMUM"),
+]  # fmt: skip
+
+
+def test_the_limits_of_both_variants() -> None:
+    check_limits(real)
+
+
+@pytest.mark.parametrize("mutant", LIMIT_MUTANTS, ids=lambda m: m.name)
+def test_mutants_of_the_limits_are_killed(mutant: Mutant, tmp_path: Path) -> None:
+    assert_sound([mutant], check_limits)
+    assert_killed(mutant, check_limits, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,15 @@ def test_the_largest_microbatch_that_fits() -> None:
     assert (row["fits"], row["largest_micro_batch_size"]) == (False, 0)
 
 
+@pytest.mark.parametrize("size", ["70m", "1b", "2.8b"])
+def test_the_largest_microbatch_is_one_that_the_page_can_have(size: str) -> None:
+    """Ranks whose 16-bit gradients are rounded one by one each need whole microbatches."""
+    page, wanted = REPOSITORY / f"configs/pythia-{size}.toml", {"70m": 32, "1b": 16, "2.8b": 16}
+    rows = plan.plan(load(page), 1, "H200")["largest_micro_batch_size"]
+    assert rows == wanted[size]  # 1,024 rows over 32 or 64 ranks
+    assert load(page, ["--train.micro_batch_size", str(rows)]).accumulation == 1
+
+
 def test_gradients_of_the_recipe() -> None:
     """Bytes a parameter: fp32 ones, fp16 ones, and with the sum of two ranks beside them."""
     page = str(REPOSITORY / "configs/pythia-70m.toml")

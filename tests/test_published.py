@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,14 +14,16 @@ from typing import Any
 import pytest
 import tiny_run
 import torch
-from kernel_proof import REPOSITORY, Mutant, assert_killed, assert_sound
+from kernel_proof import REPOSITORY, Mutant, assert_killed, assert_sound, load_mutant
 
+import pythia_fast.config
+import pythia_fast.explain
 import pythia_fast.model
 import pythia_fast.recipe
 import pythia_fast.train
 from pythia_fast.config import Model, describe_keys, load, resolve
 from pythia_fast.errors import InputError
-from pythia_fast.explain import published
+from pythia_fast.explain import differences, differing, published
 from pythia_fast.recipe import SUITE, SWITCHES, switches
 
 
@@ -27,12 +33,49 @@ def test_every_switch_is_a_key_with_a_reason_and_a_source() -> None:
     assert all(s.reason and s.source and "\n" not in s.reason + s.source for s in SWITCHES)
 
 
-def test_every_switch_is_put_beside_numpy_or_a_table() -> None:
-    """Its name, dotted or as a keyword, stands in one of the tests with a mutant for it."""
-    files = ("test_recipe.py", "test_loss_scale.py", "test_published.py")
-    text = "".join((REPOSITORY / "tests" / f).read_text().replace("__", ".") for f in files)
-    names = [s.key for s in SWITCHES]
-    assert [n for n in names if n not in text and n.split(".")[1] not in text] == []
+# switch: test file, its list of mutants, the mutant that leaves the switch out of account
+HELD_BY = {
+    "model.activation": ("recipe", "SWITCH_MUTANTS", "always the tanh form"),
+    "model.rope_table": ("recipe", "SWITCH_MUTANTS", "table always fp32"),
+    "model.init": ("published", "INIT_MUTANTS", "always normal"),
+    "model.vocab_size": ("published", "MUTANTS", "6.9b padded for one rank"),
+    "optimizer.schedule": ("recipe", "SWITCH_MUTANTS", "always neox-v1"),
+    "optimizer.schedule_counts": ("loss_scale", "RESUME_MUTANTS", "schedule counts updates"),
+    "optimizer.step_offset": ("recipe", "SWITCH_MUTANTS", "offset always 1"),
+    "optimizer.decay_embeddings": ("recipe", "SWITCH_MUTANTS", "embeddings always decay"),
+    "optimizer.clip_eps": ("recipe", "SWITCH_MUTANTS", "clip_eps always 1e-6"),
+    "optimizer.row_bias_copies": ("recipe", "SWITCH_MUTANTS", "row biases move by lr"),
+    "optimizer.norm_copies": ("recipe", "SWITCH_MUTANTS", "all counted once"),
+    "precision.compute": ("recipe", "FP16_MUTANTS", "weights always fp32"),
+    "precision.gradients": ("recipe", "GRADIENT_MUTANTS", "gradients always fp32"),
+    "precision.gradient_sum": ("recipe", "GRADIENT_MUTANTS", "ranks summed in the gradients' dtype"),
+    "precision.sum_ranks": ("recipe", "GRADIENT_MUTANTS", "never divided"),
+    "precision.loss_scaling": ("loss_scale", "STEP_MUTANTS", "always with hysteresis"),
+    "precision.unscale_after_update": ("loss_scale", "STEP_MUTANTS", "unscaled by the scale before"),
+}  # fmt: skip
+
+
+def test_every_switch_has_a_mutant_that_ignores_it(tmp_path: Path) -> None:
+    """Of the lists that the tests run: a switch without one, or a mutant that is gone, is seen."""
+    assert HELD_BY.keys() == {s.key for s in SWITCHES}
+    for switch, (file, name, wanted) in HELD_BY.items():
+        path = REPOSITORY / "tests" / f"test_{file}.py"
+        mutants = getattr(_module(path), name)
+        mutants = list(mutants.values()) if isinstance(mutants, dict) else mutants
+        (mutant,) = (m for m in mutants if m.name == wanted)
+        assert load_mutant(mutant, tmp_path) is not None, switch
+        used = re.search(rf"^@pytest\.mark\.parametrize\([^@]*\b{name}\b", path.read_text(), re.M)
+        assert used, f"{switch}: no test runs over {name} of {path.name}"
+
+
+@functools.cache
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"held_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their types
+    spec.loader.exec_module(module)
+    return module
 
 
 # size: GPUs, rows a microbatch, accumulation, tensor degree (the suite's YAML), ZeRO stage
@@ -180,6 +223,117 @@ def test_recipes_mixed_on_resume_are_refused_by_both_names(tmp_path: Path) -> No
     pythia_fast.train.train(load(page, [*flags, "pythia-v1"]), tmp_path / "run")
     with pytest.raises(InputError, match="recipe = 'pythia-v1', not 'modern': recipes do not mix"):
         pythia_fast.train.train(load(page, [*flags, "modern"]), tmp_path / "run")
+
+
+def test_rows_a_microbatch_are_fixed_where_gradients_add_up_in_16_bits(tmp_path: Path) -> None:
+    page = tiny_run.make_page(tmp_path)
+    flags = ["--train.steps", "2", "--recipe", "pythia-v1", "--train.micro_batch_size"]
+    pythia_fast.train.train(load(page, [*flags, "4"]), tmp_path / "run")
+    with pytest.raises(InputError, match=r"with train\.micro_batch_size = 4, not 8: choose"):
+        pythia_fast.train.train(load(page, [*flags, "8"]), tmp_path / "run")
+    base = {"model.preset": "pythia-70m", "recipe": "pythia-v1"}
+    assert differences(resolve(base | {"train.micro_batch_size": 16})) == [
+        "train.micro_batch_size = 16 (published: 32)"
+    ]
+    wide = {"precision.gradients": "fp32", "precision.gradient_sum": "fp32"}
+    assert list(differing(resolve(base | wide | {"train.micro_batch_size": 16}))) == [*wide]
+
+
+EXPLAIN, CONFIG = "pythia_fast/explain.py", "pythia_fast/config.py"
+
+
+def check_explain(module: ModuleType) -> None:
+    """What differs from the published run: only what decides the losses, each key of it."""
+
+    def keys(**more: Any) -> set[str]:
+        return set(
+            module.differing(resolve(base | {k.replace("__", "."): v for k, v in more.items()}))
+        )
+
+    base = {"model.preset": "pythia-6.9b", "recipe": "pythia-v1"}
+    assert keys() == set()
+    assert keys(train__micro_batch_size=4) == {"train.micro_batch_size"}
+    assert keys(data__order="preshuffled") == set() and keys(data__order="sequential") == {
+        "data.order"
+    }
+    assert (
+        keys(
+            log__every=7, data__prefix="x", optimizer__backend="auto", kernels__deterministic=False
+        )
+        == set()
+    )
+    assert keys(optimizer__lr=1e-4, model__init="small-wang") == {"optimizer.lr", "model.init"}
+    assert keys(train__steps=10, train__seed=1) == {"train.steps", "train.seed"}
+    assert keys(precision__sum_ranks=32, train__batch_size=2048) == {
+        "precision.sum_ranks",
+        "train.batch_size",
+    }
+    assert module.differing(resolve({"optimizer.lr": 1e-4})) == {}
+    assert module.differing(resolve(base | {"optimizer.lr": 1e-4})) == {
+        "optimizer.lr": (1e-4, 1.2e-4)
+    }
+    modern = module.differing(resolve(base | {"recipe": "modern"}))
+    clean = switches("modern", "pythia-6.9b")
+    theirs = switches("pythia-v1", "pythia-6.9b")
+    assert modern.keys() == {k for k in clean if clean[k] != theirs[k]}
+
+
+EXPLAIN_MUTANTS = [
+    Mutant("rows a microbatch never compared", EXPLAIN, '"train.micro_batch_size", ', ""),
+    Mutant("seed never compared", EXPLAIN, ', "train.seed"', ""),
+    Mutant("all keys compared", EXPLAIN, "key.startswith(_COMPARED) and ", ""),
+    Mutant("compared with the clean set", EXPLAIN, '"recipe": "pythia-v1"', '"recipe": "modern"'),
+    Mutant("preshuffled files differ", EXPLAIN, 'config.data.order == "preshuffled"', "False"),
+    Mutant("any order will do", EXPLAIN, 'config.data.order == "preshuffled"', "True"),
+    Mutant("here and there swapped", EXPLAIN, "key: (ours[key], theirs[key])", "key: (theirs[key], ours[key])"),
+]  # fmt: skip
+
+
+def check_precedence(module: ModuleType) -> None:
+    """Defaults < preset < recipe < page < flags; a recipe among the flags is one of them."""
+    page = {"model.preset": "pythia-12b", "recipe": "pythia-v1"}
+    plain = module.resolve({"model.preset": "pythia-12b"})
+    assert (plain.model.layers, plain.optimizer.row_bias_copies) == (36, 1)
+    assert module.resolve(page).optimizer.row_bias_copies == 4
+    modern = module.resolve(page | {"recipe": "modern"}).model
+    assert (modern.vocab_size, modern.init, modern.layers) == (50304, "small-wang", 36)
+    keyed = page | {"model.activation": "gelu", "optimizer.lr": 1e-4}
+    assert (module.resolve(keyed).model.activation, module.resolve(keyed).optimizer.lr) == (
+        "gelu",
+        1e-4,
+    )
+    flagged = module.resolve(keyed, ["--optimizer.lr", "2e-4"])
+    assert flagged.optimizer.lr == 2e-4
+    again = module.resolve(keyed, ["--recipe", "pythia-v1"])
+    assert again.model.activation == "gelu_tanh"  # a recipe among the flags is over the page
+    both = module.resolve(keyed, ["--recipe", "modern", "--optimizer.schedule", "neox-v1"])
+    assert (both.optimizer.schedule, both.precision.compute) == ("neox-v1", "bf16")
+    other = module.resolve(page, ["--model.preset", "pythia-1b"])
+    assert (other.model.layers, other.precision.compute) == (16, "bf16")
+
+
+PRECEDENCE_MUTANTS = [
+    Mutant("preset over recipe", CONFIG, "{**PRESETS.get(preset, {}), **named, **values}", "{**named, **PRESETS.get(preset, {}), **values}"),
+    Mutant("recipe over page", CONFIG, "**named, **values}", "**values, **named}"),
+    Mutant("preset over page", CONFIG, "{**PRESETS.get(preset, {}), **named, **values}", "{**named, **values, **PRESETS.get(preset, {})}"),
+    Mutant("no preset", CONFIG, "{**PRESETS.get(preset, {}), **named", "{**named"),
+    Mutant("page over a flag's recipe", CONFIG, 'values |= switches(flags.get("recipe", ""), preset) | flags', "values |= flags"),
+    Mutant("a flag's recipe over flags", CONFIG, 'values |= switches(flags.get("recipe", ""), preset) | flags', 'values |= flags | switches(flags.get("recipe", ""), preset)'),
+    Mutant("flags forgotten", CONFIG, ", preset) | flags", ", preset)"),
+    Mutant("a flag's preset too late", CONFIG, '{**values, **flags}.get("model.preset"', '{**flags, **values}.get("model.preset"'),
+]  # fmt: skip
+
+
+def test_what_differs_and_what_comes_first() -> None:
+    check_explain(pythia_fast.explain)
+    check_precedence(pythia_fast.config)
+
+
+@pytest.mark.parametrize("mutant", [*EXPLAIN_MUTANTS, *PRECEDENCE_MUTANTS], ids=lambda m: m.name)
+def test_mutants_of_explain_and_precedence_are_killed(mutant: Mutant, tmp_path: Path) -> None:
+    check = check_explain if mutant.file == EXPLAIN else check_precedence
+    assert_sound([mutant], check)
+    assert_killed(mutant, check, tmp_path)
 
 
 def test_the_published_run_of_1b_deduped_is_fp16() -> None:

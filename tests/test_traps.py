@@ -12,7 +12,7 @@ import torch
 from corpus import make_documents, write_pair
 from kernel_proof import REPOSITORY
 from neox_checkpoint import MODEL, random_state, write_checkpoint
-from neox_numpy import NumpyAdamW
+from neox_numpy import NumpyAdamW, to_bf16
 from neox_oracle import small
 from recipe_proof import FP16, accumulate, optimizer_for
 
@@ -42,12 +42,6 @@ def neox_adamw(**keys: object) -> AdamW:
     config = resolve({f"optimizer.{k}": v for k, v in keys.items()}).optimizer
     precision = Precision(compute="fp32")
     return AdamW(Pythia(small(64, 2)), config, precision, REFERENCE, torch.device("cpu"))
-
-
-def to_bf16(x: np.ndarray) -> np.ndarray:
-    """fp32 values rounded to bf16, to nearest and ties to even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def test_T1_the_cosine_aims_at_zero_and_ends_flat() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from pythia_fast import checkpoint
 from pythia_fast.config import Model, flatten, resolve
 from pythia_fast.errors import InputError
 from pythia_fast.hf import shapes
-from pythia_fast.loss_scale import LossScale
-from pythia_fast.neox.files import LossScaler, read_pt, read_yaml
+from pythia_fast.neox.claims import OWN, TENSOR, Claims
+from pythia_fast.neox.files import read_pt, read_yaml
 from pythia_fast.neox.layout import KINDS, cut_along, layer_file, merge, names, shard_name
+from pythia_fast.neox.scaler import from_neox
+from pythia_fast.optim import DTYPES
 
 _LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -30,7 +33,7 @@ class NeoxCheckpoint:
     Without ZeRO-1 files there are weights alone: no updates and no loss scale.
     """
 
-    keys: dict[str, Any]  # for `config.resolve`
+    keys: dict[str, Any]  # for `config.resolve`: what the files say, no defaults
     step: int
     tensors: dict[str, Tensor]
     updates: int | None
@@ -44,7 +47,7 @@ def find(directory: Path) -> Path | None:
     latest = directory / "latest"
     if not latest.is_file():
         return None
-    name = latest.read_text(encoding="utf-8").strip()
+    name = latest.read_bytes().decode("utf-8", "replace").strip()
     if Path(name).name != name or not (directory / name).is_dir():
         raise InputError(f"{latest}: {name!r} is not a directory beside it")
     return directory / name
@@ -57,9 +60,11 @@ def read(directory: Path, yaml: Path | None = None) -> NeoxCheckpoint:
     """
     weights, tensor_ranks, layers = _read_layers(directory)
     states = [read_pt(_file(directory, f"mp_rank_{t:02}_model_states.pt")) for t in tensor_ranks]
-    keys = _shape(directory, states[0], yaml, layers, weights)
+    claims = _claims(directory, states[0], yaml, layers, weights)
     counts = {k: _count(directory, states, k) for k in ("global_steps", "skipped_steps")}
-    step = states[0].get("iteration", counts["global_steps"])
+    step = _count(directory, states, "iteration", counts["global_steps"])
+    if counts["skipped_steps"] > counts["global_steps"]:
+        raise InputError(f"{directory}: more skipped_steps than global_steps: {counts}")
     if directory.name != f"global_step{step}":
         raise InputError(f"{directory} is of step {step}: the checkpoint is out of its place")
     named, ranks = names(layers), range(len(tensor_ranks))
@@ -68,6 +73,7 @@ def read(directory: Path, yaml: Path | None = None) -> NeoxCheckpoint:
             f"model.{ours}": merge(ours, [weights[t][key] for t in ranks]).float()
             for key, ours in named.items()
         }
+        keys = {k: v for k, v in claims.keys.items() if k.startswith(("model.", "data."))}
         return NeoxCheckpoint(keys, step, merged, None, None)
     shards = [_read_shards(directory, t, weights[t], named) for t in ranks]
     merged = {
@@ -76,7 +82,8 @@ def read(directory: Path, yaml: Path | None = None) -> NeoxCheckpoint:
         for key, ours in named.items()
     }
     updates = counts["global_steps"] - counts["skipped_steps"]
-    return NeoxCheckpoint(keys, step, merged, updates, _loss_scale(shards[0].scaler, states[0]))
+    loss_scale = _add_training(directory, claims, states, shards, weights[0])
+    return NeoxCheckpoint(claims.keys, step, merged, updates, loss_scale)
 
 
 Weights = dict[tuple[int, str], Tensor]
@@ -114,48 +121,74 @@ def _read_layers(directory: Path) -> tuple[list[Weights], list[int], int]:
             for leaf, tensor in state.items():
                 if leaf not in expected or not isinstance(tensor, Tensor):
                     raise InputError(f"{file}: {leaf} is not part of this model")
+                if tensor.dtype not in DTYPES.values() or tensor.ndim != 1 + (leaf in _MATRICES):
+                    kind = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+                    raise InputError(f"{file}: {leaf} is {kind}, no weight of this model")
+                if not tensor.isfinite().all():
+                    raise InputError(f"{file}: {leaf} holds values that are not finite")
                 weights[rank][index, leaf] = tensor
     return weights, list(ranks), layers
 
 
-def _shape(
+def _claims(
     directory: Path, state: dict[str, Any], yaml: Path | None, layers: int, weights: list[Weights]
-) -> dict[str, Any]:
-    """The model's keys: sizes from the tensors, heads from the checkpoint's args or the YAML."""
-    hidden = weights[0][layers + 3, "norm.weight"].numel()
+) -> Claims:
+    """What tensors, the checkpoint's args and the YAML say; the model's parts are checked."""
     vocab = sum(w[0, "word_embeddings.weight"].shape[0] for w in weights)
-    pages = sorted((directory / "configs").glob("*.yml")) if yaml is None else [yaml]
-    claims = [(str(page), read_yaml(page)) for page in pages]
-    args = state.get("args")
-    if isinstance(args, dict):
-        claims.insert(0, (f"{directory}/mp_rank_00_model_states.pt", args))
-    known: dict[str, Any] = {"num_layers": layers, "hidden_size": hidden}
-    known["padded_vocab_size"], known["model_parallel_size"] = vocab, len(weights)
-    for where, claim in claims:
-        for key, value in known.items():
-            if claim.get(key, value) != value:
-                raise InputError(f"{where}: {key} = {claim[key]!r}, but the files hold {value}")
-        known |= {k: claim[k] for k in _FROM_CLAIMS if k in claim}
-    heads = known.get("num_attention_heads")
-    if not isinstance(heads, int):
+    hidden = weights[0][layers + 3, "norm.weight"].numel()
+    claims, where = Claims(), f"{directory}/mp_rank_00_model_states.pt"
+    claims.add_files({"model.layers": layers, "model.hidden": hidden, "model.vocab_size": vocab})
+    claims.add_files({TENSOR: len(weights)})
+    if isinstance(args := state.get("args"), dict):
+        claims.add_page(args, where)
+    if OWN in state:
+        claims.add_own(state[OWN], where)
+    for page in sorted((directory / "configs").glob("*.yml")) if yaml is None else [yaml]:
+        claims.add_page(read_yaml(page), str(page))
+    del claims.keys[TENSOR]
+    if not isinstance(claims.keys.get("model.heads"), int):
         raise InputError(
             f"{directory}: nothing says how many attention heads there are; name the run's YAML"
         )
-    keys = {"model.layers": layers, "model.hidden": hidden, "model.vocab_size": vocab}
-    keys |= {_FROM_CLAIMS[k]: known[k] for k in _FROM_CLAIMS if k in known}
-    if len(weights) > 1:
-        keys |= dict.fromkeys(_COPIES, len(weights))
-    model = resolve(keys, where=f"{directory}: ").model
-    _check_parts(directory, model, weights)
-    return keys
+    keys = {k: v for k, v in claims.keys.items() if k.startswith("model.")}
+    _check_parts(directory, resolve(keys, where=f"{directory}: ").model, weights)
+    return claims
+
+
+def _add_training(
+    directory: Path, claims: Claims, states: list[dict[str, Any]], shards: list[_Shards],
+    weights: Weights,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Adds what the files show of the recipe; returns the state of the loss scale."""
+    state, where = states[0], f"{directory / shard_name(0, 0)}"
+    found = [
+        from_neox(scaler, state.get("skipped_in_a_row", 0), f"{directory / shard_name(d, t)}")
+        for t, shard in enumerate(shards)
+        for d, scaler in enumerate(shard.scalers)
+    ]
+    if any(other != found[0] for other in found):
+        raise InputError(f"{directory}: the loss scalers of its ZeRO files differ")
+    kind, loss_scale = found[0]
+    compute = next(n for n, d in DTYPES.items() if d == weights[0, "word_embeddings.weight"].dtype)
+    if compute == "fp16" and kind == "none":
+        raise InputError(
+            f"{where}: a constant loss scale in fp16 is not there; without the ZeRO files the "
+            "weights alone are imported"
+        )
+    claims.add_files({"precision.compute": compute, "precision.loss_scaling": kind})
+    steps, samples = state["global_steps"], state.get("global_samples")
+    if type(samples) is int and samples > 0 and steps > 0 and samples % steps == 0:
+        claims.add_files({"train.batch_size": samples // steps})
+    if OWN not in state:  # then the degrees of the files are the run's, and so is the empty step
+        copies = dict.fromkeys(_COPIES, len(states))
+        claims.add_files({**copies, "optimizer.step_offset": 1})
+    return loss_scale
 
 
 _COPIES = ("optimizer.row_bias_copies", "optimizer.norm_copies")
-_FROM_CLAIMS = {
-    "num_attention_heads": "model.heads",
-    "max_position_embeddings": "data.seq_len",
-    "rotary_pct": "model.rotary_pct",
-}
+_MATRICES = frozenset(
+    leaf for _, leaf in names(1) if leaf.endswith("weight") and "norm" not in leaf
+)
 
 
 def _check_parts(directory: Path, model: Model, weights: list[Weights]) -> None:
@@ -171,9 +204,11 @@ def _check_parts(directory: Path, model: Model, weights: list[Weights]) -> None:
                 raise InputError(f"{file}: {leaf} has shape {found}, expected {expected}")
 
 
-def _count(directory: Path, states: list[dict[str, Any]], key: str) -> int:
+def _count(
+    directory: Path, states: list[dict[str, Any]], key: str, default: int | None = None
+) -> int:
     """A count of steps, on which all tensor ranks agree."""
-    values = [state.get(key) for state in states]
+    values = [state.get(key, default) for state in states]
     if type(values[0]) is not int or values[0] < 0 or values != values[:1] * len(values):
         found = ", ".join(map(repr, values))
         raise InputError(f"{directory}/mp_rank_*_model_states.pt: {key} = {found}")
@@ -183,7 +218,7 @@ def _count(directory: Path, states: list[dict[str, Any]], key: str) -> int:
 @dataclass(frozen=True)
 class _Shards:
     tensors: dict[str, Weights]  # kind -> parameter -> fp32
-    scaler: LossScaler
+    scalers: list[Any]  # of each data rank
 
 
 def _read_shards(
@@ -217,8 +252,7 @@ def _read_shards(
                 f"{directory}: {key[1]} of layer {key[0]} is not the rounded fp32 weight of the "
                 "ZeRO files: they are of another step"
             )
-    scaler = states[0]["loss_scaler"]
-    return _Shards(tensors, scaler if isinstance(scaler, LossScaler) else LossScaler())
+    return _Shards(tensors, [state.get("loss_scaler") for state in states])
 
 
 def _zero_state(file: Path, count: int) -> dict[str, Any]:
@@ -239,27 +273,16 @@ def _parts(file: Path, state: dict[str, Any], group: int, kind: str) -> list[Ten
         else:
             parts = [part[kind] for part in state["base_optimizer_state"][group]]
         if all(part.dtype == torch.float32 and part.ndim == 1 for part in parts):
-            return list(parts)
+            if all(_sound(part, kind) for part in parts):
+                return list(parts)
+            raise InputError(f"{file}: {kind} of parameter group {group} is not finite or negative")
     except (KeyError, IndexError, TypeError, AttributeError):
         pass
     raise InputError(f"{file}: no {kind} of parameter group {group} in it")
 
 
-def _loss_scale(scaler: LossScaler, state: dict[str, Any]) -> dict[str, Any] | None:
-    values = {**vars(scaler), "skipped_in_a_row": state.get("skipped_in_a_row", 0)}
-    if "cur_iter" not in values:  # a constant scale
-        return None
-    names_there = {
-        "iteration": "cur_iter",
-        "last_overflow": "last_overflow_iter",
-        "chances": "cur_hysteresis",
-        "skipped_in_a_row": "skipped_in_a_row",  # GPT-NeoX forgets it; our own export does not
-    }
-    scale = LossScale(hysteresis=True)
-    found = {key: values.get(name) for key, name in names_there.items()}
-    cur_scale = values.get("cur_scale")
-    scale.load({"hysteresis": True, "scale": float(cur_scale or 0), **found})
-    return scale.state()
+def _sound(part: Tensor, kind: str) -> bool:
+    return bool(part.isfinite().all()) and (kind != "exp_avg_sq" or bool((part >= 0).all()))
 
 
 def import_checkpoint(directory: Path, run_dir: Path, yaml: Path | None = None) -> Path:
@@ -269,11 +292,12 @@ def import_checkpoint(directory: Path, run_dir: Path, yaml: Path | None = None) 
     weights alone are step 0 of a new run, in fp32.
     """
     found = read(directory, yaml)
-    config = resolve(found.keys)
+    rows = math.gcd(found.keys.get("train.batch_size", 32), 32)  # any that divides the batch
+    config = resolve({"train.micro_batch_size": rows, **found.keys}, where=f"{directory}: ")
     tokens = found.step * config.tokens_per_step if found.updates is not None else 0
     extra: dict[str, Any] = {"config": flatten(config), "tokens": tokens}
     if found.updates is not None:
-        extra["updates"] = found.updates
+        extra |= {"updates": found.updates, "known": sorted(found.keys)}
     if found.loss_scale is not None:
         extra["loss_scale"] = found.loss_scale
     step = 0 if found.updates is None else found.step

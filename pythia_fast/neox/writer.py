@@ -15,8 +15,10 @@ from pythia_fast import checkpoint
 from pythia_fast.config import Config
 from pythia_fast.errors import InputError
 from pythia_fast.model import inverse_frequencies
-from pythia_fast.neox.files import LossScaler, write_pt
+from pythia_fast.neox.claims import OWN
+from pythia_fast.neox.files import write_pt
 from pythia_fast.neox.layout import KINDS, layer_file, names, shard_name, split
+from pythia_fast.neox.scaler import to_neox
 from pythia_fast.optim import DTYPES
 from pythia_fast.storage import publish_directory, sync_directory, write_synced
 
@@ -82,7 +84,7 @@ def _write_rank(
     shapes = OrderedDict((f"{i}.{leaf}", w.shape) for (i, leaf), w in weights.items())
     for number, part in enumerate(_cut(flats, ranks)):
         state_dict = {
-            "loss_scaler": _scaler(manifest),
+            "loss_scaler": to_neox(manifest.get("loss_scale")),
             "dynamic_loss_scale": "loss_scale" in manifest,
             "overflow": False,
             "base_optimizer_state": [[{k: p[k] for k in KINDS[1:]}] for p in part],
@@ -104,25 +106,6 @@ def _cut(flats: list[dict[str, Tensor]], ranks: int) -> Iterator[list[dict[str, 
             own = slice(rank * size, (rank + 1) * size)
             part.append({kind: values[own].clone() for kind, values in flat.items()})
         yield part
-
-
-def _scaler(manifest: dict[str, Any]) -> LossScaler:
-    """DeeperSpeed's DynamicLossScaler, or its LossScaler of 1 where nothing was scaled."""
-    scale = manifest.get("loss_scale")
-    if scale is None:
-        return LossScaler(cur_scale=1.0)
-    return LossScaler(
-        cur_scale=scale["scale"],
-        cur_iter=scale["iteration"],
-        last_overflow_iter=scale["last_overflow"],
-        scale_factor=2.0,
-        scale_window=1000,
-        min_scale=1.0,
-        delayed_shift=2,
-        cur_hysteresis=scale["chances"],
-        consecutive_hysteresis=False,
-        raise_error_at_min_scale=True,
-    )
 
 
 def _model_states(
@@ -160,4 +143,5 @@ def _model_states(
             "tokenizer_type": "HFTokenizer",
             "model_parallel_size": tensor,
         },
+        OWN: config.decisive,  # the degrees of these files need not be those of the run
     }

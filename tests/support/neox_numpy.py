@@ -19,9 +19,19 @@ Arrays = dict[str, np.ndarray]
 # --- the model ------------------------------------------------------------------------------------
 
 
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    """Values rounded to bf16 by way of fp32, to nearest and ties to even; fp32 holds them."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
 def rope_tables(length: int, dims: int, rounded: str) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin (length, dims/2) of angles that were formed in fp32 or fp16."""
+    """cos and sin (length, dims/2) of angles that were formed in fp32, fp16 or bf16."""
     inv_freq = np.float32(1) / np.float32(10000) ** (np.arange(0, dims, 2, dtype=np.float32) / dims)
+    if rounded == "bf16":
+        angles = to_bf16(to_bf16(np.arange(length))[:, None] * to_bf16(inv_freq))
+        wide = angles.astype(np.float64)
+        return to_bf16(np.cos(wide)).astype(np.float64), to_bf16(np.sin(wide)).astype(np.float64)
     kind = {"fp32": np.float32, "fp16": np.float16}[rounded]
     angles = np.arange(length).astype(kind)[:, None] * inv_freq.astype(kind)
     assert angles.dtype == kind
