@@ -212,12 +212,7 @@ def _tokenizer_files(path: Path, vocab_size: int) -> dict[str, bytes]:
     PreTrainedTokenizerFast is the class that takes tokenizer.json as it is: GPTNeoXTokenizer of
     transformers 5 keeps its vocabulary and merges and replaces the rest by its own.
     """
-    tokenizer = load_tokenizer(path)
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= vocab_size:
-        raise InputError(
-            f"{path}: token id {largest} is beyond the model's vocabulary {vocab_size}"
-        )
+    tokenizer = load_tokenizer(path, vocab_size)
     special = {}
     if tokenizer.token_to_id(END_OF_TEXT) is not None:
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)

@@ -333,8 +333,8 @@ def train(config: Config, run: Path) -> dict[str, Any]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("training on several processes is not there yet: start a single one")
-    if config.log.sample:
-        load_tokenizer(config.data.tokenizer)  # refused now, not after the last step
+    if config.data.tokenizer:  # refused now, not after the last step
+        load_tokenizer(config.data.tokenizer, config.model.vocab_size)
     for line in differences(config):
         say(f"differs from the published recipe: {line}")
     with checkpoint.RunLock(run):

@@ -115,6 +115,26 @@ def test_bad_input_ends_with_one_line_and_code_2(
     assert message in line
 
 
+def test_a_tokenizer_beyond_the_vocabulary_is_refused_at_the_start(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even where the prompt's own ids would fit: what the model continues with might not."""
+    from pythia_fast.data.build import train_tokenizer
+
+    tokenizer, (page, run) = tmp_path / "tokenizer.json", trained
+    train_tokenizer(["def f(x):\n"], 258, tokenizer)
+    wanted = f"{tokenizer}: token id 257 is beyond the model's vocabulary 64"
+    new = tmp_path / "new"
+    line = fails(capsys, "train", page, "--data.tokenizer", tokenizer, "--run", new)
+    assert wanted in line and not new.exists()
+    step = run / "checkpoints" / "step10"
+    for prompt in ("!", "def f"):  # "!" is id 2
+        assert wanted in fails(
+            capsys, "generate", step, "--tokenizer", tokenizer, "--prompt", prompt
+        )
+    assert wanted in fails(capsys, "export", step, "--tokenizer", tokenizer, "--out", new)
+
+
 def test_truncated_bin_and_corrupt_idx_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
