@@ -113,6 +113,7 @@ def test_bad_input_ends_with_one_line_and_code_2(
     monkeypatch.setattr(checks, "INTERPRETED", False)
     line = fails(capsys, *(a.format(page=trained[0]) for a in arguments))
     assert message in line
+    assert not list(tmp_path.iterdir())  # nothing half-written
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused_at_the_start(
