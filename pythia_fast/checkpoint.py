@@ -167,6 +167,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         data = file.read_bytes()
     except OSError as error:
+        newer = newest(path)
+        if newer is not None:
+            hint = f"name one of its checkpoints, the newest is {directory(path, newer)}"
+            raise InputError(f"{path} is a run: {hint}") from None
         raise InputError(f"{path}: no complete checkpoint ({MANIFEST}: {error.strerror})") from None
     try:
         manifest = json.loads(data)

@@ -260,9 +260,14 @@ def import_checkpoint(directory: Path, run_dir: Path) -> Path:
     """Starts a run from a GPTNeoX directory: <run>/checkpoints/step0, in fp32.
 
     A page of the same shapes trains on from there, with moments of zero and its own recipe.
-    The checkpoint holds the weights ("model.<name>") and no optimizer state. Returns its path.
+    The checkpoint holds the weights ("model.<name>") and no optimizer state, and names the
+    directory's tokenizer.json, where there is one. Returns its path.
     """
     keys, tensors = import_(directory)
+    if (directory / "tokenizer.json").exists():
+        tokenizer = _inside(directory, "tokenizer.json")
+        load_tokenizer(tokenizer, keys["model.vocab_size"])
+        keys["data.tokenizer"] = str(tokenizer)
     config: Config = resolve(keys)
     extra = {"config": flatten(config), "tokens": 0}
     weights = {f"model.{name}": tensor.float() for name, tensor in tensors.items()}
