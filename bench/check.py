@@ -7,7 +7,8 @@ not the end; the shapes reach every entry of each kernel's tile table. Results, 
 in-place updates are held to the bound of `bench/bound.py` in bf16 and fp16, with fresh memory
 filled with NaN, and a second run must give the same bits. compute-sanitizer then runs memcheck and
 racecheck on small shapes, where it is installed. Rows are JSON lines, appended to FILE as they
-come. Exits 1 when a row is neither "ok" nor "not found"; "not run" means that time was over.
+come (default runs/check.jsonl: rows under bench/results/ are the README's). Exits 1 when a row is
+neither "ok" nor "not found"; "not run" means that time was over.
 
 --interpret does the same on tiny shapes in fp32 and fp16 under Triton's interpreter, on a CPU.
 """
@@ -37,6 +38,7 @@ from bench.record import Row, environment, stamp
 from bench.runner import DTYPES, worst
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+OUT = Path("runs/check.jsonl")
 BATCH, POSITIONS = 4, 2048
 ODD = (1, 1000)  # of attention besides: tiles that end early, one head's keys over several programs
 FIRST_SIZE = "70m"  # each op is seen once on it before anything else
@@ -217,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.check", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--minutes", type=float, default=8.0, help="of all together (default 8)")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "bench/results/check.jsonl")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"rows are appended to it ({OUT})")
     parser.add_argument("--only", nargs="+", metavar="OP", choices=_names(), help="ops by name")
     parser.add_argument("--workers", type=int, default=4, help="processes at once (default 4)")
     parser.add_argument("--interpret", action="store_true", help="tiny shapes on the CPU")
@@ -244,7 +246,8 @@ def main(argv: list[str] | None = None) -> int:
             file.flush()
             os.fsync(file.fileno())
             counts[row["status"]] += 1
-    print(", ".join(f"{n} {status}" for status, n in counts.most_common()), file=sys.stderr)
+    summary = ", ".join(f"{n} {status}" for status, n in counts.most_common())
+    print(f"{summary}; rows appended to {options.out}", file=sys.stderr)
     return 0 if set(counts) <= {"ok", "not found"} else 1
 
 

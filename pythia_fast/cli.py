@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"unexpected {' '.join(unknown)}{_suggestion(unknown[0])}")
         if overrides and not options.takes_config:
             raise InputError(f"{overrides[0]}: this command takes no configuration keys")
+        if options.takes_config and options.config.is_dir():
+            raise InputError(f"{options.config} is a directory, expected a page")
         options.overrides = overrides
         return options.run_command(options) or 0
     except InputError as error:
@@ -44,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()  # the reader of our output has gone; nothing more to say
         return 0
     except OSError as error:  # a full disk, a folder that may not be written
-        return _fail(error, 2)
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(InputError(f"{where}{error.strerror or error}"), 2)
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -107,9 +110,16 @@ def _import(options: argparse.Namespace) -> None:
     from pythia_fast import hf
     from pythia_fast.neox import reader
 
+    if not options.directory.is_dir():
+        raise InputError(f"{options.directory}: no such directory")
     found = reader.find(options.directory)
     if found is not None:
         path = reader.import_checkpoint(found, options.run, options.yaml)
+    elif not (options.directory / "config.json").exists():
+        raise InputError(
+            f"{options.directory}: neither a Hugging Face directory (config.json) nor a NeoX "
+            "checkpoint (global_step<N>)"
+        )
     elif options.yaml is not None:
         raise InputError(f"{options.directory}: --yaml goes with a NeoX checkpoint, not with this")
     else:
@@ -118,21 +128,32 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from pythia_fast import hf
-    from pythia_fast.neox import writer
-
+    for form, flags in _EXPORT_FLAGS.items():
+        for flag in flags:
+            if form != options.format and getattr(options, flag) is not None:
+                raise InputError(f"--{flag.replace('_', '-')} goes with --format {form} alone")
+    own = _EXPORT_FLAGS[options.format]
+    given = {flag: getattr(options, flag) for flag in own if getattr(options, flag) is not None}
+    for flag, value in given.items():
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"--{flag} {value}: at least 1 is needed")
     if options.format == "neox":
-        writer.export(options.checkpoint, options.out, options.tensor, options.ranks)
-        print_rows(options, [{"directory": str(options.out)}], f"exported to {options.out}")
-        return
-    hf.export(
-        options.checkpoint,
-        options.out,
-        dtype=options.dtype,
-        tokenizer=options.tokenizer,
-        hidden_act=options.hidden_act,
-    )
-    print_rows(options, [{"directory": str(options.out)}], f"exported to {options.out}")
+        from pythia_fast import checkpoint
+        from pythia_fast.neox import writer
+
+        dtype = checkpoint.config_of(options.checkpoint).precision.compute
+        writer.export(options.checkpoint, options.out, **given)
+    else:
+        from pythia_fast import hf
+
+        dtype = given.setdefault("dtype", "fp16")
+        hf.export(options.checkpoint, options.out, **given)
+    row = {"directory": str(options.out), "format": options.format, "dtype": dtype}
+    print_rows(options, [row], f"exported to {options.out}, weights in {dtype}")
+
+
+# the flags of one form of export alone; their names are the arguments of its function
+_EXPORT_FLAGS = {"hf": ("dtype", "tokenizer", "hidden_act"), "neox": ("tensor", "ranks")}
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -163,7 +184,7 @@ def _plan(options: argparse.Namespace) -> None:
     from pythia_fast import plan
     from pythia_fast.config import load
 
-    row = plan.plan(load(options.config, options.overrides), options.gpus, options.gpu)
+    row = plan.plan(load(options.config, options.overrides), options.gpus, options.gpu.upper())
     print_rows(options, [row], plan.describe(row))
 
 
@@ -218,13 +239,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", type=Path, help="a checkpoint folder")
     export.add_argument("--out", type=Path, required=True, help="new directory")
     export.add_argument("--format", choices=("hf", "neox"), default="hf")
-    export.add_argument("--tensor", type=int, default=1, help="neox: tensor-parallel ranks (1)")
-    export.add_argument("--ranks", type=int, default=1, help="neox: data-parallel ranks (1)")
-    export.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16")
-    export.add_argument("--tokenizer", type=Path, help="default: the run's own, if it named one")
+    export.add_argument("--tensor", type=int, help="neox: tensor-parallel ranks (1)")
+    export.add_argument("--ranks", type=int, help="neox: data-parallel ranks (1)")
     export.add_argument(
-        "--hidden-act", default="gelu", choices=("gelu", "gelu_new", "gelu_pytorch_tanh"),
-        help="GELU in config.json: gelu as the Hub's files say, or the tanh form trained with",
+        "--dtype", choices=("fp16", "bf16", "fp32"),
+        help="hf: of the weights (fp16, as the suite's); neox: always what the run computed in",
+    )  # fmt: skip
+    export.add_argument("--tokenizer", type=Path, help="hf: default the run's own, if it named one")
+    export.add_argument(
+        "--hidden-act", choices=("gelu", "gelu_new", "gelu_pytorch_tanh"),
+        help="hf: gelu as the Hub's config.json says (default), or the tanh form trained with",
     )  # fmt: skip
 
     generate = add_command(

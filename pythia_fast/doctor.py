@@ -18,14 +18,19 @@ def examine() -> list[dict[str, Any]]:
         _row("torch", True, torch.__version__, required=True),
         _package("triton", "kernels: pip install triton (Linux only)"),
         _gpu(),
-        _package("tensorboard", "log.tensorboard: pip install 'pythia-fast[tensorboard]'"),
-        _package("wandb", "log.wandb: pip install 'pythia-fast[wandb]'"),
-        _package("lm-eval", "benchmarks over checkpoints: pip install 'pythia-fast[eval]'"),
-        _package("transformers", "tests against the reference: pip install 'pythia-fast[dev]'"),
+        _package("tensorboard", f"log.tensorboard: {install('tensorboard')}"),
+        _package("wandb", f"log.wandb: {install('wandb')}"),
+        _package("lm-eval", f"benchmarks over checkpoints: {install('eval')}"),
+        _package("transformers", "tests, peers of the benchmarks: make .venv/.installed-dev"),
     ]
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     rows.append(_row("C++ compiler", bool(compiler), compiler or "none; pure Python is used"))
     return rows
+
+
+def install(extra: str) -> str:
+    """The command, in the root of a clone, that installs an extra of pyproject.toml."""
+    return f".venv/bin/pip install -e '.[{extra}]'"
 
 
 def _gpu() -> dict[str, Any]:

@@ -118,19 +118,16 @@ def continue_texts(
     """{"prompt", "tokens": generated ids, "text": their text} for each prompt, by a checkpoint."""
     if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
         raise InputError("--max-new-tokens must be at least 1 and --temperature at least 0")
-    own = checkpoint.config_of(path).data.tokenizer
+    config = checkpoint.config_of(path)
+    own = config.data.tokenizer
     if not tokenizer and not own:
         raise InputError(f"{path}: the run named no tokenizer; name one with --tokenizer FILE")
-    coder = load_tokenizer(tokenizer or own)
-    model = load_model(path)
+    coder = load_tokenizer(tokenizer or own, config.model.vocab_size)
     encoded = [coder.encode(prompt).ids for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
             raise InputError(f"--prompt {prompt!r} has no tokens")
-        if max(ids) >= model.config.vocab_size:
-            raise InputError(
-                f"the tokenizer gives id {max(ids)}, the model has {model.config.vocab_size}"
-            )
+    model = load_model(path)
     rows = generate(
         model, encoded, max_new_tokens, temperature, seed, coder.token_to_id(END_OF_TEXT)
     )

@@ -212,12 +212,7 @@ def _tokenizer_files(path: Path, vocab_size: int) -> dict[str, bytes]:
     PreTrainedTokenizerFast is the class that takes tokenizer.json as it is: GPTNeoXTokenizer of
     transformers 5 keeps its vocabulary and merges and replaces the rest by its own.
     """
-    tokenizer = load_tokenizer(path)
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= vocab_size:
-        raise InputError(
-            f"{path}: token id {largest} is beyond the model's vocabulary {vocab_size}"
-        )
+    tokenizer = load_tokenizer(path, vocab_size)
     special = {}
     if tokenizer.token_to_id(END_OF_TEXT) is not None:
         special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
@@ -265,9 +260,14 @@ def import_checkpoint(directory: Path, run_dir: Path) -> Path:
     """Starts a run from a GPTNeoX directory: <run>/checkpoints/step0, in fp32.
 
     A page of the same shapes trains on from there, with moments of zero and its own recipe.
-    The checkpoint holds the weights ("model.<name>") and no optimizer state. Returns its path.
+    The checkpoint holds the weights ("model.<name>") and no optimizer state, and names the
+    directory's tokenizer.json, where there is one. Returns its path.
     """
     keys, tensors = import_(directory)
+    if (directory / "tokenizer.json").exists():
+        tokenizer = _inside(directory, "tokenizer.json")
+        load_tokenizer(tokenizer, keys["model.vocab_size"])
+        keys["data.tokenizer"] = str(tokenizer)
     config: Config = resolve(keys)
     extra = {"config": flatten(config), "tokens": 0}
     weights = {f"model.{name}": tensor.float() for name, tensor in tensors.items()}

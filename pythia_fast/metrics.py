@@ -6,6 +6,7 @@ resumed run cuts the file back to its checkpoint, so no step stands twice.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import secrets
@@ -17,6 +18,7 @@ import numpy as np
 
 from pythia_fast.config import Config, flatten
 from pythia_fast.data.files import publish
+from pythia_fast.doctor import install
 from pythia_fast.errors import InputError
 
 
@@ -69,22 +71,32 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
             yield row, line
 
 
+def require_trackers(config: Config) -> None:
+    """Raises InputError where a tracker that the configuration asks for is not installed."""
+    for key, wanted, module in (
+        ("tensorboard", config.log.tensorboard, "torch.utils.tensorboard"),
+        ("wandb", config.log.wandb, "wandb"),
+    ):
+        try:
+            if wanted:
+                importlib.import_module(module)
+        except ImportError:
+            raise InputError(f"log.{key} needs the package {key}: {install(key)}") from None
+
+
 class Trackers:
     """TensorBoard and Weights & Biases, where the configuration asks for them."""
 
     def __init__(self, config: Config, run: Path) -> None:
         self._tensorboard = self._wandb = None
+        require_trackers(config)
         if config.log.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InputError(_missing("log.tensorboard", "tensorboard")) from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self._tensorboard = SummaryWriter(str(run / "tensorboard"))
         if config.log.wandb:
-            try:
-                import wandb
-            except ImportError:
-                raise InputError(_missing("log.wandb", "wandb")) from None
+            import wandb
+
             self._wandb = wandb.init(
                 project=config.log.wandb, name=run.name, dir=run, id=_wandb_id(run),
                 resume="allow", config=flatten(config),
@@ -111,10 +123,6 @@ def _wandb_id(run: Path) -> str:
     if not path.exists():
         path.write_text(secrets.token_hex(8))
     return path.read_text()
-
-
-def _missing(key: str, extra: str) -> str:
-    return f"{key} needs the package {extra}: pip install 'pythia-fast[{extra}]'"
 
 
 def entropy(counts: np.ndarray) -> float:

@@ -29,7 +29,7 @@ from pythia_fast.data.files import publish
 from pythia_fast.data.loader import RUNNING_START, Loader, read_batch
 from pythia_fast.errors import CheckError, InputError
 from pythia_fast.explain import differences
-from pythia_fast.metrics import StepLog, Trackers, read_steps
+from pythia_fast.metrics import StepLog, Trackers, read_steps, require_trackers
 from pythia_fast.model import Pythia, initialise
 from pythia_fast.ops import select
 from pythia_fast.optim import AdamW, learning_rate
@@ -333,8 +333,9 @@ def train(config: Config, run: Path) -> dict[str, Any]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("training on several processes is not there yet: start a single one")
-    if config.log.sample:
-        load_tokenizer(config.data.tokenizer)  # refused now, not after the last step
+    if config.data.tokenizer:  # refused now, not after the last step
+        load_tokenizer(config.data.tokenizer, config.model.vocab_size)
+    require_trackers(config)
     for line in differences(config):
         say(f"differs from the published recipe: {line}")
     with checkpoint.RunLock(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import pickle
@@ -905,10 +906,57 @@ def test_second_trainer_is_refused_until_the_first_is_gone(tmp_path: Path) -> No
             pass
 
 
-def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("below", ["", "x", "x/y"])
+def test_a_run_directory_that_is_a_file_is_refused(below: str, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with (
-        pytest.raises(InputError, match="run cannot be locked"),
+        pytest.raises(InputError, match=f"^{tmp_path}/run is not a directory$"),
+        checkpoint.RunLock(tmp_path / "run" / below),
+    ):
+        pass
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkdir(*_: Any, **__: Any) -> None:  # for root no mode of a directory is an obstacle
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with (
+        pytest.raises(InputError, match="run cannot be written: Permission denied"),
         checkpoint.RunLock(tmp_path / "run"),
+    ):
+        pass
+
+
+def test_a_failed_start_leaves_nothing_and_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for run in (tmp_path / "runs" / "new", tmp_path / "there"):
+        with pytest.raises(InputError, match="refused"), checkpoint.RunLock(run):
+            raise InputError("refused")
+        assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    with pytest.raises(InputError, match="late"), checkpoint.RunLock(tmp_path / "run"):
+        (tmp_path / "run" / "metrics.jsonl").write_text("")
+        raise InputError("late")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "metrics.jsonl"]
+
+
+def test_a_lock_file_that_its_holder_removed_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened before a failing start removed it: locking that file would keep nobody out."""
+    run, flock = tmp_path / "run", fcntl.flock
+
+    def removed_meanwhile(fd: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (run / ".lock").unlink()
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    with (
+        checkpoint.RunLock(run),
+        pytest.raises(InputError, match=rf"\(pid {os.getpid()}\)"),
+        checkpoint.RunLock(run),
     ):
         pass

@@ -94,12 +94,29 @@ BAD = [
     (["doctor", "--train.steps", "1"], "takes no configuration keys"),
     (["generate", "nowhere", "--prompt", "x"], "nowhere"),
     (["export", "nowhere", "--out", "x"], "nowhere"),
-    (["import", "nowhere", "--run", "x"], "nowhere"),
-    (["import", "nowhere", "--run", "x", "--yaml", "y.yml"], "--yaml goes with a NeoX checkpoint"),
+    (["generate", "{run}", "--prompt", "x"], "newest is {run}/checkpoints/step10"),
+    (["export", "{run}", "--out", "x"], "newest is {run}/checkpoints/step10"),
+    (["export", "{step}", "--out", "x", "--tensor", "2"], "--tensor goes with --format neox alone"),
+    (["export", "{step}", "--out", "x", "--ranks", "1"], "--ranks goes with --format neox alone"),
+    (["export", "{step}", "--out", "x", "--format", "neox", "--tensor", "0"], "--tensor 0: at least 1"),
+    (["export", "{step}", "--out", "x", "--format", "neox", "--ranks", "0"], "--ranks 0: at least 1"),
+    (["export", "{step}", "--out", "x", "--format", "neox", "--hidden-act", "gelu"],
+     "--hidden-act goes with --format hf alone"),
+    (["export", "{step}", "--out", "x", "--format", "neox", "--dtype", "fp16"],
+     "--dtype goes with --format hf alone"),
+    (["import", "nowhere", "--run", "x"], "nowhere: no such directory"),
+    (["import", "{page}", "--run", "x"], "{page}: no such directory"),
+    (["import", "{step}", "--run", "x", "--yaml", "y.yml"],
+     "{step}: neither a Hugging Face directory (config.json) nor a NeoX checkpoint (global_step<N>)"),
+    (["train", "{run}"], "{run} is a directory, expected a page"),
+    (["plan", "{run}"], "{run} is a directory, expected a page"),
+    (["plan", "{page}", "--gpu", "a100"], "--gpu A100: its rates are not known here; H"),
+    (["train", "{page}", "--run", "{page}"], "{page} is not a directory"),
+    (["train", "{page}", "--run", "{page}/x"], "{page} is not a directory"),
     (["train", "{page}", "--recipe", "pythia"], "expected '' or 'pythia-v1' or 'modern'"),
     (["train", "{page}", "--recipe", "pythia-v1", "--precision.sum_ranks", "3"], "not divisible"),
     (["train", "{page}", "--optimizer.norm_copys", "2"], "did you mean optimizer.norm_copies?"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -111,8 +128,31 @@ def test_bad_input_ends_with_one_line_and_code_2(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checks, "INTERPRETED", False)
-    line = fails(capsys, *(a.format(page=trained[0]) for a in arguments))
-    assert message in line
+    page, run = trained
+    paths = {"page": page, "run": run, "step": run / "checkpoints" / "step10"}
+    line = fails(capsys, *(a.format(**paths) for a in arguments))
+    assert message.format(**paths) in line
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused_at_the_start(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even where the prompt's own ids would fit: what the model continues with might not."""
+    from pythia_fast.data.build import train_tokenizer
+
+    tokenizer, (page, run) = tmp_path / "tokenizer.json", trained
+    train_tokenizer(["def f(x):\n"], 258, tokenizer)
+    wanted = f"{tokenizer}: token id 257 is beyond the model's vocabulary 64"
+    new = tmp_path / "new"
+    line = fails(capsys, "train", page, "--data.tokenizer", tokenizer, "--run", new)
+    assert wanted in line and not new.exists()
+    step = run / "checkpoints" / "step10"
+    for prompt in ("!", "def f"):  # "!" is id 2
+        assert wanted in fails(
+            capsys, "generate", step, "--tokenizer", tokenizer, "--prompt", prompt
+        )
+    assert wanted in fails(capsys, "export", step, "--tokenizer", tokenizer, "--out", new)
 
 
 def test_truncated_bin_and_corrupt_idx_are_named(
@@ -268,7 +308,14 @@ def test_generate_and_export_from_a_trained_run(
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [set(row) for row in rows] == [{"prompt", "tokens", "text"}] * 2
     assert main(["export", str(step), "--out", str(tmp_path / "hf"), "--dtype", "fp32",
-                 "--hidden-act", "gelu_pytorch_tanh"]) == 0  # fmt: skip
+                 "--hidden-act", "gelu_pytorch_tanh", "--json"]) == 0  # fmt: skip
+    row = json.loads(capsys.readouterr().out)
+    assert row == {"directory": str(tmp_path / "hf"), "format": "hf", "dtype": "fp32"}
+    assert main(["import", str(tmp_path / "hf"), "--run", str(tmp_path / "again")]) == 0
+    capsys.readouterr()
+    again = str(tmp_path / "again" / "checkpoints" / "step0")  # knows the folder's tokenizer
+    assert main(["generate", again, "--prompt", "def f", *flags]) == 0
+    assert json.loads(capsys.readouterr().out) == rows[0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     coder = AutoTokenizer.from_pretrained(tmp_path / "hf")
     for row in rows:
@@ -282,13 +329,25 @@ def test_an_imported_model_trains_on(
     trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """export, import, train: the first loss is that of the exported weights, not of a fresh model."""
+    from pythia_fast.data.build import train_tokenizer
+
     page, run = trained
     step = run / "checkpoints" / "step10"
+    assert main(["export", str(step), "--out", str(tmp_path / "fp16")]) == 0
+    assert capsys.readouterr().out == f"exported to {tmp_path / 'fp16'}, weights in fp16\n"
+    assert main(["export", str(step), "--out", str(tmp_path / "neox"), "--format", "neox"]) == 0
+    assert capsys.readouterr().out == f"exported to {tmp_path / 'neox'}, weights in fp32\n"
     assert main(["export", str(step), "--out", str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
     new = tmp_path / "run"
     assert main(["import", str(tmp_path / "hf"), "--run", str(new)]) == 0
     capsys.readouterr()
     assert "holds a run already" in fails(capsys, "import", tmp_path / "hf", "--run", new)
+    line = fails(capsys, "import", tmp_path / "hf", "--run", tmp_path / "y", "--yaml", "y.yml")
+    assert "--yaml goes with a NeoX checkpoint" in line and not (tmp_path / "y").exists()
+    train_tokenizer(["def f(x):"], 258, tmp_path / "hf" / "tokenizer.json")
+    line = fails(capsys, "import", tmp_path / "hf", "--run", tmp_path / "y")
+    assert "tokenizer.json: token id 257 is beyond the model's vocabulary 64" in line
+    (tmp_path / "hf" / "tokenizer.json").unlink()
     assert main(["train", str(page), "--train.steps", "4", "--run", str(new)]) == 0
     losses = [row["loss"] for row in tiny_run.rows(new / "metrics.jsonl")]
     before = [row["loss"] for row in tiny_run.rows(run / "metrics.jsonl")]

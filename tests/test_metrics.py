@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import types
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pythia_fast.config import resolve
+from pythia_fast.config import load, resolve
 from pythia_fast.errors import InputError
 from pythia_fast.metrics import StepLog, Trackers, entropy, read_steps
+from pythia_fast.train import train
 
 
 def write(path: Path, count: int) -> bytes:
@@ -108,5 +111,12 @@ def test_a_missing_tracker_says_how_to_get_it(
     key: str, value: Any, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
-    with pytest.raises(InputError, match=rf"{key} needs .*pip install 'pythia-fast\["):
+    extra = key.removeprefix("log.")
+    command = re.escape(f".venv/bin/pip install -e '.[{extra}]'")
+    with pytest.raises(InputError, match=f"^{key} needs the package {extra}: {command}$"):
         Trackers(resolve({key: value}), tmp_path)
+    page = tiny_run.make_page(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=command):
+        train(load(page, [f"--{key}", str(value).lower()]), tmp_path / "runs" / "x")
+    assert sorted(tmp_path.rglob("*")) == before

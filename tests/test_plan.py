@@ -172,7 +172,7 @@ def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     page = REPOSITORY / "configs/pythia-70m.toml"
-    assert main(["plan", str(page), "--gpus", "1", "--gpu", "H200", "--json"]) == 0
+    assert main(["plan", str(page), "--gpus", "1", "--gpu", "h200", "--json"]) == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert row["measured"] is False and row["gpus"] == 1 and row["fits"] is True
     assert row["memory_bytes"]["states"] == 18 * row["parameters"]  # fp16 gradients, and a sum

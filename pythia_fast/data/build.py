@@ -240,16 +240,26 @@ def _zst_lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
         yield tail
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A `tokenizers` JSON file. Raises InputError when it is none."""
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
+    """A `tokenizers` JSON file. Raises InputError when it is none.
+
+    vocab_size: of the model it serves; an id beyond it is refused. Fewer ids are usual: the suite
+    pads its vocabulary.
+    """
     from tokenizers import Tokenizer
 
     if not Path(path).is_file():
         raise InputError(f"{path}: no such tokenizer file")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises the bare class
         raise InputError(f"{path}: not a tokenizers JSON file: {error}") from None
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if vocab_size is not None and largest >= vocab_size:
+        raise InputError(
+            f"{path}: token id {largest} is beyond the model's vocabulary {vocab_size}"
+        )
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | Path) -> None:

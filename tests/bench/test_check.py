@@ -18,6 +18,7 @@ from kernel_proof import REPOSITORY
 from bench import check
 from bench.op import SIZES, shape
 from bench.op_table import OPS, find
+from bench.record import RESULTS
 from pythia_fast.kernels import layer_norm, reference
 
 CPU = torch.device("cpu")
@@ -191,7 +192,27 @@ def test_command_under_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFix
     assert {row["status"] for row in rows} == {"ok"}
     printed = capsys.readouterr()
     assert [json.loads(line) for line in printed.out.splitlines()] == rows
-    assert printed.err == "2 ok\n"
+    assert printed.err == f"2 ok; rows appended to {out}\n"
+
+
+def test_rows_stay_out_of_the_readmes_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default lies outside of bench/results, whose rows the README must agree with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        check,
+        "run_task",
+        lambda task, *_: [{"op": task.label, "size": "tiny", "tool": None, "status": "ok"}],
+    )
+    committed = sorted(RESULTS.iterdir())
+    assert check.main(["--interpret", "--only", "rotary"]) == 0
+    assert capsys.readouterr().err == "1 ok; rows appended to runs/check.jsonl\n"
+    assert len((tmp_path / "runs" / "check.jsonl").read_text().splitlines()) == 1
+    assert sorted(RESULTS.iterdir()) == committed
+    with pytest.raises(SystemExit):
+        check.main(["--help"])
+    assert "(runs/check.jsonl)" in capsys.readouterr().out
 
 
 @needs_interpreter
