@@ -52,7 +52,7 @@ def follow(
 ) -> None:  # fmt: skip
     """Trainer and numpy side by side: losses and norms at each step, then weights and moments.
 
-    From step 50 on losses may differ ten times as much: a training that moves its weights by one
+    From step 50 on losses may differ 20 times as much: a training that moves its weights by one
     rounding (6e-8) moves the tiny model's losses by 5e-7 until then, and by 2.3e-5 within 200.
     model, rate, more: what numpy computes otherwise than the page says.
     """
@@ -69,7 +69,7 @@ def follow(
         loss, gradients = loss_and_gradients(oracle.values, rows, c.layers, c.heads, **setting)
         norm = oracle.step(gradients, rate(step, config.train.steps, o.lr, o.min_lr, o.warmup))
         ours = trainer.train_step(torch.from_numpy(rows))
-        rtol = loss_rtol if step < 50 else 10 * loss_rtol
+        rtol = loss_rtol if step < 50 else 20 * loss_rtol
         np.testing.assert_allclose(ours[0].item(), loss, rtol=rtol, err_msg=f"loss {step}")
         np.testing.assert_allclose(ours[1].item(), norm, rtol=30 * rtol, err_msg=f"norm {step}")
     ours = trainer.optimizer
