@@ -219,8 +219,7 @@ class Config:
 _NOT_DECISIVE = frozenset(
     """
     recipe model.preset data.prefix data.valid_prefix data.tokenizer data.cache
-    train.valid_every train.valid_rows optimizer.backend
-    kernels.backend kernels.deterministic kernels.recompute
+    train.valid_every train.valid_rows optimizer.backend kernels.backend kernels.recompute
     checkpoint.steps checkpoint.every checkpoint.keep
     log.every log.sample log.tensorboard log.wandb
     """.split()

@@ -402,7 +402,9 @@ def test_export_by_command(run: tuple[Path, Path], tmp_path: Path, capsys: Any) 
     step = str(checkpoint.directory(run[1], 12))
     out = str(tmp_path / "out")
     assert main(["export", step, "--out", out, "--format", "neox", "--tensor", "2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"directory": out}
+    assert json.loads(capsys.readouterr().out) == {
+        "directory": out, "format": "neox", "dtype": "fp16",
+    }  # fmt: skip
     assert (tmp_path / "out" / "latest").read_text() == "global_step12\n"
     for flags, message in (
         (["--tensor", "3"], "--tensor 3 does not divide model.heads = 2"),
