@@ -55,6 +55,11 @@ def environment() -> Row:
     }
 
 
+def is_ours(row: Row) -> bool:
+    """Whether what a row measured is this project's own; its variants are "ours ..."."""
+    return str(row.get("impl", "ours")).partition(" ")[0] == "ours"
+
+
 def stamp(row: Row, fixed: Row) -> Row:
     """The row with `fixed` (an `environment`), the load of the host and the time of day."""
     return {

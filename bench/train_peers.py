@@ -1,13 +1,15 @@
 """What a user would train Pythia with: ours, the reference, torch.compile, transformers.
 
-Every implementation is a `Stepper` over the same weights, batch and recipe. The peers hold fp32
+Every implementation is a `Stepper` over the same weights and batch ("ours pythia-v1": the recipe
+of the published runs). The peers hold fp32
 parameters and run under autocast with torch's fused AdamW and clip_grad_norm_, as their users do.
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from bench.runner import DTYPES
 from pythia_fast.config import Config
@@ -25,20 +28,24 @@ from pythia_fast.model import Pythia, materialise
 from pythia_fast.ops import REFERENCE
 from pythia_fast.train import Trainer
 
+ATTENTION = re.compile(r"aten::_scaled_dot_product_(\w*?attention(?:_math)?)")
 Loss = Callable[[Tensor], Tensor]
+Named = Iterable[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Stepper:
     """model: its parameters are Pythia's in number, order and shape.
 
-    step: one optimizer step on rows (B, T + 1) int64, the mean loss (nats a token) on the device;
-    loss: the mean loss of rows alone.
+    step: one optimizer step on rows (B, T + 1) int64; the mean loss (nats a token) and the norm of
+    the gradients before clipping, on the device. loss: the mean loss of rows alone. gradients: of
+    that mean loss by Pythia's names, in fp32, one after the other.
     """
 
     model: nn.Module
-    step: Loss
+    step: Callable[[Tensor], tuple[Tensor, Tensor]]
     loss: Loss
+    gradients: Callable[[Tensor], Named]
 
 
 def make(impl: str, config: Config, device: torch.device) -> Stepper:
@@ -58,9 +65,26 @@ def on_trainer(
         trainer = Trainer(config, prefix.parent)
     if trainer.device != device:
         raise RuntimeError(f"the trainer runs on {trainer.device}, not on {device}")
-    draw_weights(trainer.model)
-    trainer.optimizer.sync_weights(from_model=True)
-    return Stepper(trainer.model, lambda rows: trainer.train_step(rows)[0], trainer.model.loss)
+    model, optimizer = trainer.model, trainer.optimizer
+    masters = optimizer.views(optimizer.master)
+    draw_weights((name, masters[name]) for name, _ in model.named_parameters())
+    optimizer.sync_weights()
+
+    def gradients(rows: Tensor) -> Named:
+        factor = optimizer.loss_factor
+        for part in rows.split(config.train.micro_batch_size):
+            model.loss(part, factor / rows[:, 1:].numel()).backward()
+        return _taken(model, factor)
+
+    return Stepper(model, trainer.train_step, model.loss, gradients)
+
+
+def _taken(model: nn.Module, factor: float = 1.0) -> Named:
+    """Every gradient over the loss's factor, in fp32; each is freed as the next is asked for."""
+    for name, parameter in model.named_parameters():
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:
+            yield _ours(name), gradient.float() / factor
 
 
 @contextmanager
@@ -78,21 +102,16 @@ def _token_files(config: Config) -> Iterator[Path]:
 
 
 def compiled_reference(config: Config, device: torch.device) -> Stepper:
-    """The reference model under torch.compile, attention by cuDNN where it can, else flash."""
+    """The reference model under torch.compile, with `_pinned` attention."""
     model = Pythia(config.model, REFERENCE)
     materialise(model, device, torch.float32)
     model.rotary_tables(config.data.seq_len, device)  # made now, not inside the compiled graph
-    loss = torch.compile(model.loss, dynamic=False)
-
-    def pinned(rows: Tensor) -> Tensor:
-        with _cudnn_attention(device):
-            return loss(rows)
-
-    return _with_fused_adamw(config, device, model, pinned)
+    loss = _pinned(torch.compile(model.loss, dynamic=False), device)
+    return _with_fused_adamw(config, device, model, loss)
 
 
 def transformers_model(config: Config, device: torch.device, compiled: bool) -> Stepper:
-    """transformers' GPTNeoXForCausalLM with torch's attention."""
+    """transformers' GPTNeoXForCausalLM with torch's attention, `_pinned` as in "compile"."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     m = config.model
@@ -120,7 +139,7 @@ def transformers_model(config: Config, device: torch.device, compiled: bool) -> 
         return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
     loss = torch.compile(mean, dynamic=False) if compiled else mean
-    return _with_fused_adamw(config, device, model, loss)
+    return _with_fused_adamw(config, device, model, _pinned(loss, device))
 
 
 def _restore_buffers(model: nn.Module, device: torch.device) -> None:
@@ -134,7 +153,7 @@ def _restore_buffers(model: nn.Module, device: torch.device) -> None:
 def _with_fused_adamw(
     config: Config, device: torch.device, model: nn.Module, loss: Loss
 ) -> Stepper:
-    draw_weights(model)
+    draw_weights(model.named_parameters())
     o = config.optimizer
     parameters = list(model.parameters())
     groups = [
@@ -151,37 +170,57 @@ def _with_fused_adamw(
         with precision():
             return loss(rows)
 
-    def step(rows: Tensor) -> Tensor:
+    def gradients(rows: Tensor) -> Named:
+        mean(rows).backward()
+        return _taken(model)
+
+    def step(rows: Tensor) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), device=device)
         for part in rows.split(config.train.micro_batch_size):
             share = mean(part) * (len(part) / len(rows))
             share.backward()
             total += share.detach()
-        nn.utils.clip_grad_norm_(parameters, o.clip)
+        norm = nn.utils.clip_grad_norm_(parameters, o.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return total
+        return total, norm
 
-    return Stepper(model, step, mean)
+    return Stepper(model, step, mean, gradients)
 
 
-def _cudnn_attention(device: torch.device) -> AbstractContextManager[Any]:
+def _pinned(loss: Loss, device: torch.device) -> Loss:
+    """On a GPU attention by cuDNN where it takes the shape, else by flash: one choice for all."""
+    if device.type == "cpu":
+        return loss
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    if device.type == "cpu":
-        return nullcontext()
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    return sdpa_kernel(order, set_priority=True)
+
+    def pinned(rows: Tensor) -> Tensor:
+        with sdpa_kernel(order, set_priority=True):
+            return loss(rows)
+
+    return pinned
+
+
+def attention_backends(call: Callable[[], Any]) -> list[str]:
+    """Which of torch's attentions a call ran, e.g. ["cudnn_attention"]; empty: kernels of ours."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        call()
+    found = (ATTENTION.match(event.key) for event in recorded.key_averages())
+    return sorted({match[1] for match in found if match})
 
 
 @torch.no_grad()
-def draw_weights(model: nn.Module) -> None:
+def draw_weights(named: Named) -> None:
     """N(0, 1/√inputs) for matrices, 1 for norms, 0 for biases: the same in every implementation.
+
+    named: fp32 tensors in the model's order, and by its names.
 
     Logits then are of order one, so that the loss depends on every op of the model.
     """
     generator: torch.Generator | None = None
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         if generator is None:
             generator = torch.Generator(parameter.device).manual_seed(0)
         if parameter.dim() == 1:
@@ -208,6 +247,7 @@ def _ours(name: str) -> str:
 
 IMPLEMENTATIONS: dict[str, Callable[[Config, torch.device], Stepper]] = {
     "ours": lambda c, d: on_trainer(c, d, "auto"),
+    "ours pythia-v1": lambda c, d: on_trainer(c, d, "auto"),  # the configuration is another
     "eager": lambda c, d: on_trainer(c, d, "reference"),
     "compile": compiled_reference,
     "transformers": lambda c, d: transformers_model(c, d, compiled=False),

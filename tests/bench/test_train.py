@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fake_timing import FakeClock
 
-from bench import bench_profile, bench_train, train_peers
+from bench import bench_profile, bench_train, train_check, train_peers
 from bench.nvml import Sample
 from bench.record import Row
 from bench.train_peers import IMPLEMENTATIONS, Stepper
@@ -50,7 +52,8 @@ def test_ours_is_the_trainers_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     clock = FakeClock()
     measure(clock=clock)
-    assert len(steps) == bench_train.WARMUP + clock.steps == 3 + 1 + 5
+    ours = bench_train.WARMUP + clock.steps
+    assert len(steps) == ours + train_check.STEPS == 3 + 1 + 5 + 2
     assert set(steps) == {(4, 17)}
 
 
@@ -80,11 +83,169 @@ def test_a_peer_that_computes_something_else_is_wrong(monkeypatch: pytest.Monkey
 def test_a_peer_that_does_not_learn_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def idle(config, device):  # type: ignore[no-untyped-def]
         stepper = train_peers.on_trainer(config, device, "reference")
-        return Stepper(stepper.model, lambda rows: stepper.loss(rows).detach(), stepper.loss)
+        return replace(stepper, step=lambda rows: (stepper.loss(rows).detach(), torch.ones(())))
 
     monkeypatch.setitem(IMPLEMENTATIONS, "eager", idle)
     row = measure("eager")
     assert row["status"] == "wrong" and "did not fall" in row["reason"]
+
+
+def spoilt(spoil: Callable[[Stepper], object], impl: str, monkeypatch: pytest.MonkeyPatch) -> Row:
+    """The row of an implementation to whose model something was done."""
+    make = IMPLEMENTATIONS[impl]
+
+    def made(config, device):  # type: ignore[no-untyped-def]
+        stepper = make(config, device)
+        spoil(stepper)
+        return stepper
+
+    monkeypatch.setitem(IMPLEMENTATIONS, impl, made)
+    return measure(impl)
+
+
+def scaled(name: str, factor: float) -> Callable[[Stepper], object]:
+    """The gradient of one parameter times factor, in every backward pass."""
+    return lambda s: s.model.get_parameter(name).register_hook(lambda g: g * factor)
+
+
+def without_dq(s: Stepper) -> object:
+    weight = s.model.get_parameter("gpt_neox.layers.1.attention.query_key_value.weight")
+
+    def hook(g: torch.Tensor) -> torch.Tensor:
+        packed = g.unflatten(0, (4, 3, -1)).clone()
+        packed[:, 0] = 0
+        return packed.view_as(g)
+
+    return weight.register_hook(hook)
+
+
+NORM = "gpt_neox.layers.0.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "where"),
+    [
+        (scaled(NORM, 0.0), NORM),  # 64 of 164,096 elements
+        (scaled("gpt_neox.layers.1.mlp.dense_4h_to_h.bias", 0.5), "dense_4h_to_h.bias"),
+        (without_dq, "query_key_value.weight (q)"),
+    ],
+    ids=["one gradient is zero", "one is halved", "dq is zero"],
+)
+@pytest.mark.parametrize("impl", ["ours", "transformers"])
+def test_a_wrong_gradient_is_found(spoil, where: str, impl: str, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Each of these learns the repeated batch, and its first loss is right."""
+    row = spoilt(spoil, impl, monkeypatch)
+    assert row["status"] == "wrong" and where in row["reason"] and "ms" not in row
+
+
+def test_what_the_step_makes_of_gradients_is_held_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halved in the optimizer alone: Adam does not see it, the norm does; half the rate is seen in
+    the second step; and the loss that a step returns must be its own."""
+
+    def halved(config, device):  # type: ignore[no-untyped-def]
+        s = train_peers.on_trainer(config, device, "reference")
+        return replace(s, step=lambda rows: (lambda loss, norm: (loss, norm / 2))(*s.step(rows)))
+
+    def slow(config, device):  # type: ignore[no-untyped-def]
+        s = train_peers.on_trainer(config, device, "reference")
+        small = replace(config.optimizer, lr=config.optimizer.lr / 2, min_lr=0.0)
+        step = train_peers.on_trainer(replace(config, optimizer=small), device, "reference").step
+        return replace(s, step=step)
+
+    def another(config, device):  # type: ignore[no-untyped-def]
+        s = train_peers.on_trainer(config, device, "reference")
+        return replace(s, step=lambda rows: (lambda loss, norm: (loss * 1.1, norm))(*s.step(rows)))
+
+    norms = "gradient norms"
+    for wrong, said in ((halved, norms), (slow, norms), (another, "losses")):
+        monkeypatch.setitem(IMPLEMENTATIONS, "eager", wrong)
+        row = measure("eager")
+        assert row["status"] == "wrong" and row["reason"].startswith(said)
+
+
+def test_every_precision_keeps_its_band() -> None:
+    for impl, compute in (("eager", "bf16"), ("transformers", "bf16"), (bench_train.V1, "fp16")):
+        row = measure(impl, compute=compute)
+        band = train_check.BANDS[compute]
+        assert row.get("status") is None, row
+        assert 0 < row["grad_err"] < band.gradient / 4 and row["norm_err"] < band.norm / 4
+        assert row["attention"] == "flash_attention"  # torch's, on a CPU
+
+
+def test_the_published_recipe_is_measured_too() -> None:
+    """fp16 gradients, sums over ranks, loss scale: not what the peers' row is."""
+    case = next(
+        c for c in bench_train.cases(["410m"], bench_train.GPU_IMPLS, 0, True)
+        if c.head["impl"] == bench_train.V1
+    )  # fmt: skip
+    assert case.head["compute"] == "fp16" and case.name.endswith("fp16 ours pythia-v1")
+    config = bench_train.configuration("410m", 32, 2048, "fp16", "pythia-v1")
+    p = config.precision
+    assert (p.compute, p.gradients, p.gradient_sum) == ("fp16", "fp16", "fp16")
+    assert p.loss_scaling == "hysteresis" and p.ranks == 2 and config.accumulation == 1
+    assert config.optimizer.step_offset == 1 and config.model.rope_table == "fp16"
+    clean = bench_train.configuration("410m", 32, 2048, "bf16")
+    assert clean.precision.gradients == "fp32" and clean.precision.ranks == 1
+    for c in (config, clean):
+        assert {train.learning_rate(c.optimizer, n, 100) for n in (0, 1, 99)} == {3e-4}
+    row = measure(bench_train.V1, compute="fp16")
+    assert (row["recipe"], row["sum_ranks"], row["micro_batch_size"]) == ("pythia-v1", 2, 2)
+    assert measure()["recipe"] == "clean"
+
+
+def test_steps_that_loss_scaling_skips_are_not_counted() -> None:
+    config = bench_train.configuration("tiny", 4, 16, "fp16", "pythia-v1")
+    norms = iter([float("inf"), 2.0, float("inf"), 1.0])
+
+    def step(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(5.0), torch.tensor(next(norms))
+
+    stepper = Stepper(torch.nn.Module(), step, lambda rows: rows, lambda rows: ())
+    found = train_check.first_steps(stepper, config, torch.zeros(4, 17), 2)
+    assert found.norms == [2.0, 1.0] and found.losses == [5.0, 5.0]
+
+
+def test_a_reference_that_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(config, tokens):  # type: ignore[no-untyped-def]
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
+
+    monkeypatch.setattr(train_check, "reference", exhausted)
+    row = measure()
+    assert row["unchecked"] == "gradients: CUDA out of memory. Tried to allocate 9 GiB"
+
+
+class Stalling(FakeClock):
+    """The last step of the five takes a second."""
+
+    def intervals(self) -> list[float]:
+        found = super().intervals()
+        return [*found[:-1], 1000.0] if len(found) > 1 else found
+
+
+def test_a_stall_counts_in_the_rate() -> None:
+    row = measure(clock=Stalling())
+    assert row["ms_p50"] == 4.0 and row["tokens_per_s"] == pytest.approx(5 * 64 / 1.016)
+
+
+def test_a_sustained_row_takes_as_many_steps_as_its_seconds_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench_train, "MOST", 10)
+    assert len(measure(seconds=0.2)["ms"]) == 10
+    assert len(measure(seconds=0.2, sustained=True)["ms"]) == 50
+    (case,) = bench_train.cases(["410m"], ["ours"], 0, True, 60.0, sustained=True)
+    assert case.name == "train sustained 410m 32x2048 bf16 ours" and case.limit_s == 360
+
+
+def test_the_best_peer_is_the_fastest_that_is_not_ours() -> None:
+    def row(impl: str, rate: float, **more: object) -> Row:
+        head = {"bench": "train", "status": "ok", "size": "410m", "impl": impl}
+        return head | {"tokens_per_s": rate} | more
+
+    rows = [row("ours", 9.0), row("ours pythia-v1", 8.0), row("eager", 2.0), row("compile", 3.0)]
+    rows += [row("fast", 7.0, status="wrong"), row("fast", 7.0, size="70m"), {"bench": "data"}]
+    assert bench_train.best_peer(rows, "410m") == "compile"
+    assert bench_train.best_peer(rows, "1b") is None
 
 
 def test_a_peer_that_is_absent_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,9 +320,20 @@ def test_kernels_and_the_gaps_between_them() -> None:
     assert bench_profile.kernels([])["status"] == "error"
 
 
+def test_only_the_last_step_is_reported() -> None:
+    def event(name: str, start: float) -> SimpleNamespace:
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=start + 1))
+
+    marks = [event("ProfilerStep#1", 10.0), event("ProfilerStep#2", 20.0)]
+    found = bench_profile.last_step([event("a", 11.0), event("b", 20.5), event("c", 21.0), *marks])
+    assert [e.name for e in found] == ["b", "c"]
+
+
 def test_profile_of_a_step_on_the_cpu() -> None:
     (row,) = bench_profile.measure("tiny", "ours", 4, 16, "fp32")
     names = {k["name"] for k in row["by_name"]}
     assert {"aten::mm", "aten::_fused_adamw_"} <= names
     listed = sum(k["ms"] for k in row["by_name"])
     assert listed + row["other_ms"] == pytest.approx(row["busy_ms"], rel=1e-3)
+    (update,) = (k for k in row["by_name"] if k["name"] == "aten::_fused_adamw_")
+    assert update["calls"] == 2  # decaying and not, of one step
