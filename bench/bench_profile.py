@@ -26,7 +26,7 @@ from bench.record import Row
 LONGEST = 25  # kernels by name that a row carries
 GAPS = 10  # gaps that a row carries
 SCHEDULE = {"wait": 0, "warmup": 1, "active": 2}  # steps
-MARK = "ProfilerStep#"
+MARK = "ProfilerStep"
 NAME = 90  # characters of a kernel's name
 
 

@@ -4,8 +4,9 @@
 
 For every case that both have timed: the ratio of the medians of all repetitions, with a 95 %
 interval from a bootstrap over processes and, within each, repetitions. Moved is what has 1 outside
-of its interval and changed by more than --least. Cases of one process know no noise between
-processes, and see more than there is on a busy machine; of a single repetition nothing is said.
+of its interval and changed by more than --least. Fewer than four processes a side say too little
+of the noise between processes: what moved is then a hint, and no interval is given; of a single
+repetition nothing is said.
 Exit codes: 0 nothing of ours is slower or no longer measured, 1 something is, 2 bad input.
 """
 
@@ -14,38 +15,43 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.record import Row, newest, read
+from bench.record import Row, is_ours, newest, read
 from pythia_fast.errors import InputError
 
 RESAMPLES = 2000
+PROCESSES = 4  # on each side, from which on an interval is given
 STILL = ("no", "unknown")
 INTERVAL = (2.5, 97.5)  # percentiles
 Samples = list[np.ndarray]  # milliseconds, one array a process
 
 
-def ratio_interval(old: Samples, new: Samples, seed: int = 0) -> tuple[float, float, float]:
-    """median(new)/median(old) and its interval."""
+def ratio_interval(
+    old: Samples, new: Samples, seed: int = 0, middle: Callable[..., Any] = np.median
+) -> tuple[float, float, float]:
+    """middle(new)/middle(old) and its interval. middle: np.mean where stalls count."""
     random = np.random.default_rng(seed)
-    drawn = _medians(new, random) / _medians(old, random)
+    drawn = _middles(new, random, middle) / _middles(old, random, middle)
     low, high = np.percentile(drawn, INTERVAL)
-    point = np.median(np.concatenate(new)) / np.median(np.concatenate(old))
+    point = middle(np.concatenate(new)) / middle(np.concatenate(old))
     return float(point), float(low), float(high)
 
 
-def _medians(samples: Samples, random: np.random.Generator) -> np.ndarray:
-    """(RESAMPLES,) medians, each of as many processes, each of as many repetitions as measured."""
+def _middles(
+    samples: Samples, random: np.random.Generator, middle: Callable[..., Any]
+) -> np.ndarray:
+    """(RESAMPLES,) middles, each of as many processes, each of as many repetitions as measured."""
     if len(samples) == 1:
-        return np.median(random.choice(samples[0], (RESAMPLES, len(samples[0]))), axis=1)
+        return np.asarray(middle(random.choice(samples[0], (RESAMPLES, len(samples[0]))), axis=1))
     found = np.empty(RESAMPLES)
     for i in range(RESAMPLES):
         processes = random.integers(len(samples), size=len(samples))
-        found[i] = np.median(
+        found[i] = middle(
             np.concatenate([random.choice(samples[p], len(samples[p])) for p in processes])
         )
     return found
@@ -71,7 +77,14 @@ def compare(old: Sequence[Row], new: Sequence[Row], least: float) -> Iterator[Ro
                 continue
             beyond = not low <= 1 <= high and abs(ratio - 1) > least
             moved = ("slower" if ratio > 1 else "faster") if beyond else "no"
-            yield row | {"moved": moved, "ratio": ratio, "low": low, "high": high}
+            known = enough(*samples)
+            ends = {"low": low if known else None, "high": high if known else None}
+            yield row | {"moved": moved, "ratio": ratio, **ends}
+
+
+def enough(*sides: Samples) -> bool:
+    """Whether each side has the processes that an interval needs."""
+    return all(len(side) >= PROCESSES for side in sides)
 
 
 def _by_case(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -94,7 +107,10 @@ def line(row: Row) -> str:
     name = " ".join(filter(None, (row["case"], row["part"])))
     if "ratio" not in row:
         return f"{row['moved']:7} {name}: {row['now']} {row['reason']}".rstrip()
-    return f"{row['moved']:7} {name}: x {row['ratio']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+    interval = f"(fewer than {PROCESSES} processes: no interval)"
+    if row["low"] is not None:
+        interval = f"[{row['low']:.4f}, {row['high']:.4f}]"
+    return f"{row['moved']:7} {name}: x {row['ratio']:.4f} {interval}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line(row))
     moved = [row for row in rows if row["moved"] not in STILL]
     print(f"{len(rows)} cases compared, {len(moved)} moved", file=sys.stderr)
-    return 1 if any(r["moved"] in ("slower", "lost") and r["impl"] == "ours" for r in moved) else 0
+    return 1 if any(r["moved"] in ("slower", "lost") and is_ours(r) for r in moved) else 0
 
 
 if __name__ == "__main__":

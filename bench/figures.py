@@ -124,7 +124,12 @@ def _bounds(rows: Sequence[Row]) -> Figure:
     measured: defaultdict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
         ours = row["bench"] == "train" and row["status"] == "ok" and card.device == row["device"]
-        if ours and row.get("mfu_causal") and row["size"] in BOUND_SIZES:
+        if (
+            ours
+            and row.get("mfu_causal")
+            and not row.get("sustained")
+            and row["size"] in BOUND_SIZES
+        ):
             measured[row["impl"]][row["size"]] = round(100 * row["mfu_causal"], 3)
     title = f"Training MFU on one {card.name}: bounds by arithmetic"
     title += " and measurements" if measured else "; nothing measured yet"
@@ -169,7 +174,7 @@ def _absent(rows: Sequence[Row], bench: str, key: str) -> dict[tuple[str, str], 
 def _training(device: str, rows: Sequence[Row]) -> Figure | None:
     from bench.report import training
 
-    merged = training(rows)
+    merged = [row for row in training(rows) if not row.get("sustained")]
     if not merged:
         return None
     absent = _absent(rows, "train", "size")

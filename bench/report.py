@@ -19,7 +19,8 @@ from statistics import median
 import numpy as np
 
 from bench import figures
-from bench.compare import ratio_interval
+from bench.bench_train import tokens_per_second
+from bench.compare import PROCESSES, Samples, enough, ratio_interval
 from bench.record import RESULTS, Row, newest, read, times
 from bench.runner import DEFAULT_SIZES
 from pythia_fast.errors import CheckError, InputError
@@ -86,7 +87,8 @@ def _limits(rows: Sequence[Row]) -> Iterator[str]:
         row = found["tflops"]
         yield (
             f"Sustained product: {row['tflops']:.0f} TFLOP/s after {row['seconds']:.0f} s "
-            f"({row['tflops_first']:.0f} at first; {_state(row)})."
+            f"({row['tflops_first']:.0f} at first; {_state(row)}). Kernels are a share of the first, "
+            "training steps of the sustained one."
         )
     if "gbps" in found:
         yield f"Copy: {found['gbps']['gbps']:,.0f} GB/s, read plus written."
@@ -118,7 +120,7 @@ def training(rows: Iterable[Row]) -> list[Row]:
     merged = []
     for mine in turns.values():
         row = {**mine[-1], **times([t for r in mine for t in r["ms"]])}
-        row["tokens_per_s"] = 1e3 * row["tokens"] / row["ms_p50"]
+        row["tokens_per_s"] = tokens_per_second(row["tokens"], row["ms"])
         for key in ("mfu_causal", "mfu_palm", "joule_per_token"):
             known = [r[key] for r in mine if r.get(key) is not None]
             row[key] = median(known) if known else None
@@ -128,7 +130,7 @@ def training(rows: Iterable[Row]) -> list[Row]:
 
 def _training(rows: Sequence[Row]) -> Iterator[str]:
     merged = training(rows)
-    ours = {(r["size"], r["positions"]): r["by_turn"] for r in merged if r["impl"] == "ours"}
+    ours = {_compared(r): r["by_turn"] for r in merged if r["impl"] == "ours"}
     on_gpu = any(row.get("mfu_causal") for row in merged)
     titles = [
         "training step",
@@ -139,13 +141,15 @@ def _training(rows: Sequence[Row]) -> Iterator[str]:
     ]
     titles += ["MFU causal", "MFU PaLM", "J/token"] if on_gpu else []
     table = []
-    for row in sorted(merged, key=lambda r: (r["parameters"], r["impl"] != "ours", r["impl"])):
-        mine = ours.get((row["size"], row["positions"]))
-        ratio = ""
-        if mine and row["impl"] != "ours":
-            ratio = "{:.2f} ({:.2f} to {:.2f})".format(*ratio_interval(mine, row["by_turn"]))
+    for row in sorted(
+        merged, key=lambda r: (r["parameters"], _compared(r), r["impl"] != "ours", r["impl"])
+    ):
+        mine = ours.get(_compared(row))
+        ratio = _ratio(mine, row["by_turn"]) if mine and row["impl"] != "ours" else ""
+        sustained = ", sustained" if row.get("sustained") else ""
         cells = [
-            f"{row['size']}, {row['rows']} × {row['positions']}, {row['compute']}", row["impl"],
+            f"{row['size']}, {row['rows']} × {row['positions']}, {row['compute']}{sustained}",
+            row["impl"],
             f"{row['ms_p50']:.1f} ({row['ms_p20']:.1f} to {row['ms_p80']:.1f})",
             f"{row['tokens_per_s']:,.0f}", ratio,
         ]  # fmt: skip
@@ -161,8 +165,23 @@ def _training(rows: Sequence[Row]) -> Iterator[str]:
             f"{_span(len(row['by_turn']) for row in merged)} processes an implementation, taking "
             "turns; one synthetic batch; forward, backward, clipping and AdamW"
             + (f"; threads of torch: {_span(threads)}" if threads else "")
-            + ". An interval that holds 1 is no difference."
+            + f". Rates and ratios are of all steps together; {PROCESSES} processes have an "
+            "interval, and one that holds 1 is no difference."
         )
+        for row in merged:
+            if row.get("unchecked"):
+                yield f"Not held to fp32: {row['case']}: {row['unchecked']}."
+
+
+def _compared(row: Row) -> tuple[str, int, bool]:
+    """Equal for what is compared."""
+    return row["size"], row["positions"], bool(row.get("sustained"))
+
+
+def _ratio(ours: Samples, theirs: Samples) -> str:
+    """Of the rates; with its interval where there are processes enough for one."""
+    ratio, low, high = ratio_interval(ours, theirs, middle=np.mean)
+    return f"{ratio:.2f} ({low:.2f} to {high:.2f})" if enough(ours, theirs) else f"{ratio:.2f}"
 
 
 def _kernels(rows: Sequence[Row]) -> Iterator[str]:

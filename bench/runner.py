@@ -54,13 +54,8 @@ def worst(
         if actual[name].shape != tensor.shape:
             raise AssertionError(f"{name}: shape {tuple(actual[name].shape)}")
         found[name] = errors(actual[name], same[name], tensor, granted)
-    name = max(found, key=lambda n: _margin(found[n]))
+    name = max(found, key=lambda n: found[n].margin)
     return name, found[name]
-
-
-def _margin(e: Errors) -> float:
-    ratios = (e.largest / (e.largest_allowed or 1), e.norm / (e.norm_allowed or 1))
-    return max(float("inf") if r != r else r for r in ratios)  # a NaN is worst
 
 
 def measure(

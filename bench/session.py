@@ -8,27 +8,33 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.processes import Case, run
-from bench.record import ResultFile, Row, environment, newest, stamp
+from bench.record import ResultFile, Row, environment, is_ours, newest, stamp
 from pythia_fast.progress import say
 
 SHORTEST = 5.0  # seconds without which no case is begun
-REPEATED = frozenset({"crash", "timeout", "not run"})  # tried again by the next run
+FAILED = frozenset({"wrong", "error", "crash", "timeout"})
+REPEATED = FAILED | {"not run"}  # tried again by the next run
 
 
 class Session:
     """The rows of one run on one device.
 
-    The rates of the baselines' sustained product and copy are kept; from then on every rate gets
-    its share of them in "frac_of_limit".
+    The rates of the baselines' product and copy are kept; from then on every rate gets its share of
+    one in "frac_of_limit", and which in "limit_of": of the product, steps get the sustained rate
+    and kernels, timed for a moment, the rate before clocks fell ("burst").
     """
 
     def __init__(self, json_lines: bool = False) -> None:
         self.fixed = environment()
         self.rows: list[Row] = []
-        self.failed = False  # our own code was wrong, crashed or did not end
-        self.limits: dict[str, float] = {}
+        self.limits: dict[str, Row] = {}  # by unit, the rows of the baselines
         self._file: ResultFile | None = None
         self._json = json_lines
+
+    @property
+    def failed(self) -> bool:
+        """Whether our own code was wrong, failed, crashed or hung, here or in rows taken over."""
+        return any(is_ours(row) and row["status"] in FAILED for row in self.rows)
 
     def attach(self, file: ResultFile, earlier: Sequence[Row]) -> None:
         """Writes to `file` from now on, and takes over the rows in it that this commit measured
@@ -73,22 +79,23 @@ class Session:
             row["when"] = when
             self._learn(row)
             row |= self._share(row)
-            self.failed |= row.get("impl", "ours") == "ours" and row["status"] in (
-                "wrong", "error", "crash", "timeout",
-            )  # fmt: skip
             if self._file is not None:
                 self._file.append(row)
             print(json.dumps(row) if self._json else line(row), flush=True)
-        self.rows += stamped
+        again = {_key(row) for row in stamped if row["status"] != "not run"}
+        self.rows = [row for row in self.rows if _key(row) not in again] + stamped
 
     def _learn(self, row: Row) -> None:
         if row["bench"] == "baseline" and row["status"] == "ok" and row.get("limit"):
-            self.limits[row["limit"]] = row[row["limit"]]
+            self.limits[row["limit"]] = row
 
-    def _share(self, row: Row) -> dict[str, float]:
+    def _share(self, row: Row) -> Row:
         for unit, limit in self.limits.items():
             if row.get(unit) is not None:
-                return {"frac_of_limit": row[unit] / limit}
+                long = row["bench"] == "train" or "limit" in row
+                of = "sustained" if long or f"{unit}_first" not in limit else "burst"
+                rate = limit[unit if of == "sustained" else f"{unit}_first"]
+                return {"frac_of_limit": row[unit] / rate, "limit_of": of}
         return {}
 
 

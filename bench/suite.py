@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +29,9 @@ from pythia_fast.progress import say
 
 FIRST_SIZES = ("410m", "70m", "1.4b")  # small heads, small widths, large ones
 CPU_SIZES = ("14m", "70m")
+TURNS = 4  # of training where time allows: fewer processes have no interval
+SUSTAINED, SUSTAINED_SHARE = 60.0, 1 / 6  # seconds of ours and of the best peer; of --minutes
+STARTING = 20.0  # seconds of such a process before its first timed step
 CPU_TURNS, CPU_SECONDS = 4, 4.0  # many short ones: a shared machine differs between processes
 GPU_PARTS = ("baselines", "train", "profile", "kernels")
 ANYWHERE = ("startup", "data", "resources")
@@ -59,6 +63,24 @@ def gpu_plan(minutes: float) -> Planned:
         yield from _part("kernels", runner.cases(labels, sizes))
         yield from _part("train", bench_train.cases(sizes, impls, 1, True))
     yield from _anywhere()
+    for turn in range(2, TURNS):
+        yield from _part("train", bench_train.cases(FIRST_SIZES, impls, turn, True))
+
+
+def sustained_seconds(minutes: float) -> float:
+    """Of steps in each of the two processes that come last, whatever else there was time for."""
+    return min(SUSTAINED, max(60 * minutes * SUSTAINED_SHARE / 2 - STARTING, 0.0))
+
+
+def sustained_plan(rows: Sequence[Row], seconds: float) -> Planned:
+    """Ours, and the peer that was fastest in `rows`, on the first size."""
+    from bench import bench_train
+
+    peer = bench_train.best_peer(rows, FIRST_SIZES[0])
+    impls = ("ours", *([peer] if peer else []))
+    if seconds > 0:
+        cases = bench_train.cases(FIRST_SIZES[:1], impls, 0, True, seconds, sustained=True)
+        yield from _part("train", cases)
 
 
 def cpu_plan(small: bool = False) -> Planned:
@@ -152,7 +174,13 @@ def run(
     with ResultFile(path) as file:
         session.attach(file, earlier)
         plan = gpu_plan(minutes) if on_gpu else cpu_plan(small)
-        session.run(chosen(plan, parts), 60 * minutes)
+        end = time.monotonic() + 60 * minutes
+        steady = sustained_seconds(minutes) if on_gpu and "train" in parts else 0.0
+        kept = 2 * (steady + STARTING) if steady else 0.0
+        session.run(chosen(plan, parts), 60 * minutes - kept)
+        if steady:
+            last = chosen(sustained_plan(session.rows, steady), parts)
+            session.run(last, end - time.monotonic())
         if not on_gpu:
             session.add(not_measured([*parts, *("kernels" for p in parts if p in files)]))
     written = report.write(read(path), out)

@@ -95,8 +95,27 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert err == "4 cases compared, 3 moved\n"
     assert compare.main([str(old), str(new)]) == 1
     out = capsys.readouterr().out
-    assert "slower  slow: x 1.2" in out and "lost    broken: crash SIGSEGV" in out
+    assert "slower  slow: x 1.2" in out and "fewer than 4 processes: no interval" in out
+    assert "lost    broken: crash SIGSEGV" in out
     assert "same" not in out
+
+
+@pytest.mark.parametrize(("processes", "known"), [(1, False), (3, False), (4, True)])
+def test_an_interval_needs_four_processes(processes: int, known: bool) -> None:
+    def rows(first: int, centre: float) -> list[dict]:
+        return [row("a", noisy(first + n, centre), turn=n) for n in range(processes)]
+
+    (found,) = compare.compare(rows(1, 1.0), rows(20, 1.2), 0.01)
+    assert found["moved"] == "slower" and (found["low"] is not None) is known
+    assert ("[1.1" in compare.line(found)) is known
+    (found,) = compare.compare(rows(1, 1.0), rows(20, 1.2)[:3], 0.01)
+    assert found["low"] is None
+
+
+def test_a_stall_is_in_the_ratio_of_means() -> None:
+    steady, stalled = [np.full(10, 1.0)], [np.array([1.0] * 9 + [11.0])]
+    assert compare.ratio_interval(steady, stalled)[0] == 1.0
+    assert compare.ratio_interval(steady, stalled, middle=np.mean)[0] == 2.0
 
 
 def test_a_crash_that_lost_its_parts_is_lost(tmp_path: Path) -> None:

@@ -59,11 +59,40 @@ def test_turns_are_one_measurement() -> None:
     (ours,) = [row for row in report.training(ROWS) if row["impl"] == "ours"]
     assert ours["ms"] == [40.0, 41.0, 42.0, 43.0] and ours["ms_p50"] == 41.5
     assert [list(t) for t in ours["by_turn"]] == [[40.0, 41.0], [42.0, 43.0]]
-    assert ours["tokens_per_s"] == pytest.approx(65536 / 41.5e-3)
+    assert ours["tokens_per_s"] == pytest.approx(65536 / 41.5e-3)  # also their mean
+    (late,) = report.training([step("ours", 0, [40.0, 41.0, 129.0])])
+    assert late["tokens_per_s"] == pytest.approx(65536 / 70e-3)  # a stall counts
     page = report.markdown(ROWS)
-    assert "| compile | 63.0 " in page and "| 1.52 (1.4" in page
+    assert "| compile | 63.0 " in page and "| 1.51 |" in page  # two processes: no interval
+    more = [
+        step(i, n, [ms, ms + 1]) for i, ms in (("ours", 40.0), ("compile", 60.0)) for n in (2, 3)
+    ]
+    assert "| 1.51 (1.4" in report.markdown([*ROWS, *more])
     assert ") | 45.0% | 50.0% | 0.0005 | 14.20 |" in page
     assert "out of memory: train x: 12b: 80 GB" in page
+
+
+def test_a_sustained_row_stands_beside_the_others() -> None:
+    """Compared among themselves, in the table and not in the figure."""
+    longer = [
+        step(impl, 0, ms, sustained=True, case=f"train sustained 70m {impl}")
+        for impl, ms in (("ours", [50.0, 50.0]), ("compile", [100.0, 100.0]))
+    ]
+    page = report.markdown([*ROWS, *longer])
+    assert (
+        "bf16, sustained | compile | 100.0 (100.0 to 100.0) | 655 | 2.00 |".replace(
+            "655", f"{65536 / 0.1:,.0f}"
+        )
+        in page
+    )
+    assert "| 1.51 |" in page
+    before, after = figures.all_figures(ROWS), figures.all_figures([*ROWS, *longer])
+    assert [f.digest for f in before] == [f.digest for f in after]
+
+
+def test_what_was_not_held_to_fp32_is_said() -> None:
+    rows = [step("ours", 0, [40.0, 41.0], unchecked="gradients: out of memory")]
+    assert "Not held to fp32: train 70m ours: gradients: out of memory." in report.markdown(rows)
 
 
 def test_without_a_gpu_it_is_said() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from kernel_proof import REPOSITORY
 
-from bench import bench_baselines, processes, report, runner, session, suite
+from bench import bench_baselines, bench_train, processes, report, runner, session, suite
 from bench.op import SIZES
 from bench.op_table import OPS
 from bench.processes import Case
@@ -92,9 +92,27 @@ def test_gpu_plan_is_in_order_of_value_and_complete() -> None:
     eager = {c.head["size"] for p, c in plan if p == "baselines" and c.head["bench"] == "train"}
     assert eager == set(suite.FIRST_SIZES)
     trained = {(c.head["size"], c.head["turn"]) for p, c in plan if p == "train"}
-    assert trained == {(size, turn) for size in SIZES for turn in (0, 1)}
+    two = {(size, turn) for size in SIZES for turn in (0, 1)}
+    assert trained == two | {(size, turn) for size in suite.FIRST_SIZES for turn in (2, 3)}
+    impls = [c.head["impl"] for p, c in plan if p == "train"]
+    assert impls[: len(bench_train.GPU_IMPLS)] == list(bench_train.GPU_IMPLS)
+    assert bench_train.GPU_IMPLS[-1] == bench_train.V1  # after the peers
     assert {c.head["kernel"] for p, c in plan if p == "kernels"} == {op.label for op in OPS}
     assert {"profile", *suite.ANYWHERE} <= set(parts)
+
+
+def test_sustained_rows_come_last_of_ours_and_the_best_peer() -> None:
+    assert suite.sustained_seconds(60.0) == 60.0 and suite.sustained_seconds(9.0) == 25.0
+    assert suite.sustained_seconds(1.0) == 0.0 and not list(suite.sustained_plan([], 0.0))
+    head = {"bench": "train", "status": "ok", "size": "410m"}
+    rates = {"ours": 9.0, "compile": 3.0, "eager": 2.0}
+    rows = [head | {"impl": impl, "tokens_per_s": rate} for impl, rate in rates.items()]
+    for known, impls in ((rows, ["ours", "compile"]), ([], ["ours"])):
+        found = list(suite.sustained_plan(known, 60.0))
+        assert [case.head["impl"] for _, case in found] == impls
+        for part, case in found:
+            assert part == "train" and case.head["sustained"] and case.what["seconds"] == 60.0
+            inspect.signature(bench_train.measure).bind(**case.what)
 
 
 def test_parts_are_chosen_once() -> None:
@@ -152,7 +170,21 @@ def test_a_second_run_continues(tmp_path: Path, clean: None) -> None:
     assert [row["status"] for row in first] == ["ok", "ok", "ok", "error", "ok", "crash"]
     run(path, [none, raises, dies, fault("none", "late")])
     added = read(path)[len(first) :]
-    assert [row["case"] for row in added] == ["case dies", "case dies", "late", "late"]
+    again = ["case raises", "case raises", "case dies", "case dies"]
+    assert [row["case"] for row in added] == [*again, "late", "late"]
+
+
+def test_a_resumed_suite_remembers_its_failures(tmp_path: Path, clean: None) -> None:
+    """Until the case is measured again; a wrong one and an error are tried again."""
+    path = tmp_path / "rows.jsonl"
+    good = fault("none", "good")
+    for kind in ("raises", "wrong"):
+        bad = fault(kind, f"bad {kind}")
+        assert run(path, [good, bad]).failed
+        assert run(path, [good]).failed  # it is not in this selection
+        assert run(path, [good, bad], seconds=1.0).failed  # there was no time
+        assert not run(path, [good, fault("none", f"bad {kind}")]).failed
+        assert not run(path, [good]).failed
 
 
 def test_another_commit_starts_over(tmp_path: Path, clean: None, monkeypatch) -> None:  # type: ignore[no-untyped-def]
@@ -193,10 +225,16 @@ def test_rates_are_shares_of_the_limits_of_the_same_run(clean: None) -> None:
     one = session.Session()
     row: Row = {"case": "x", "part": "", "bench": "kernel", "status": "ok", "impl": "ours"}
     one.add([{**row, "gbps": 1000.0}])
-    limit = {**row, "bench": "baseline", "limit": "gbps", "gbps": 4000.0}
-    one.add([limit, {**limit, "limit": "tflops", "tflops": 800.0, "gbps": None}])
+    limit = {**row, "bench": "baseline", "limit": "gbps", "gbps": 4000.0, "case": "copy"}
+    product = {**limit, "case": "product", "limit": "tflops", "tflops": 400.0, "gbps": None}
+    one.add([limit, product | {"tflops_first": 800.0}])
+    row["case"] = "y"
+    step = {**row, "bench": "train"}
     one.add([{**row, "gbps": 1000.0}, {**row, "tflops": 200.0}, {**row, "ms_p50": 1.0}])
-    assert [r.get("frac_of_limit") for r in one.rows] == [None, 1.0, 1.0, 0.25, 0.25, None]
+    one.add([{**step, "tflops": 200.0, "case": "z"}])
+    assert [r.get("frac_of_limit") for r in one.rows] == [None, 1.0, 1.0, 0.25, 0.25, None, 0.5]
+    of = [r.get("limit_of") for r in one.rows]
+    assert of == [None, "sustained", "sustained", "sustained", "burst", None, "sustained"]
 
 
 def test_lines_for_people() -> None:

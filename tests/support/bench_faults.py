@@ -18,6 +18,8 @@ def measure(fault: str, path: str = "") -> Iterator[dict[str, Any]]:
     match fault:
         case "none":
             yield {"part": "second", "ms": [2.0]}
+        case "wrong":
+            yield {"part": "second", "status": "wrong", "reason": "beyond the bound"}
         case "raises":
             raise RuntimeError("illegal memory access\nand more")
         case "memory":
