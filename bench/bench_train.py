@@ -8,9 +8,10 @@ rate) but for "ours pythia-v1", which computes what the published configurations
 is timed, the loss of a microbatch must agree with the reference model's on the same weights; before
 a row is given, gradients and first steps with those in fp32 (`bench/train_check.py`, last because
 its memory is), and the loss must have fallen. One step is a whole optimizer step: every microbatch,
-clipping, update. Tokens a step are one microbatch of the original on one GPU (6.9b and 12b accumulated
-two), the microbatch here the largest that fits; what ran out of memory is in the row. The rate is all tokens over all the time, so that a
-stall counts; a sustained row does it for a minute.
+clipping, update. Tokens a step are one microbatch of the original on one GPU (6.9b and 12b
+accumulated two), the microbatch here the largest that fits; what ran out of memory is in the row.
+The rate is all tokens over all the time, so that a stall counts; a sustained row does it for a
+minute.
 """
 
 from __future__ import annotations

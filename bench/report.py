@@ -87,8 +87,8 @@ def _limits(rows: Sequence[Row]) -> Iterator[str]:
         row = found["tflops"]
         yield (
             f"Sustained product: {row['tflops']:.0f} TFLOP/s after {row['seconds']:.0f} s "
-            f"({row['tflops_first']:.0f} at first; {_state(row)}). Kernels are a share of the first, "
-            "training steps of the sustained one."
+            f"({row['tflops_first']:.0f} at first; {_state(row)}). Kernels are a share of the "
+            "first, training steps of the sustained one."
         )
     if "gbps" in found:
         yield f"Copy: {found['gbps']['gbps']:,.0f} GB/s, read plus written."

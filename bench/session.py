@@ -45,7 +45,13 @@ class Session:
         if commit is None or commit.endswith("-dirty"):
             return
         same = {"commit": commit, "device": self.fixed["device"]}
-        for row in newest(earlier):
+        measured = {_key(row): n for n, row in enumerate(earlier) if row["status"] not in REPEATED}
+        stale = {
+            id(row)
+            for n, row in enumerate(earlier)
+            if row["status"] in REPEATED and measured.get(_key(row), -1) > n
+        }
+        for row in newest([row for row in earlier if id(row) not in stale]):
             if all(row.get(key) == value for key, value in same.items()):
                 self._learn(row)
                 self.rows.append(row)
