@@ -149,6 +149,21 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Parallel:
+    data: int = _key(-1, "copies of the model that split each step's rows; -1: what is left")
+    tensor: int = _key(1, "processes that share each layer's matrices")
+    pipeline: int = _key(1, "processes that share the layers, each one stage or several")
+    sequence: bool = _key(False, "split the residual stream's positions over the tensor processes")
+    schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble"] = _key(
+        "1f1b", "order of the microbatches in a pipeline"
+    )
+    stages_per_rank: int = _key(1, "pipeline stages of one process (interleaved-1f1b)")
+    shard: Literal["none", "optimizer", "full"] = _key(
+        "optimizer", "what data-parallel processes split: nothing, optimizer states, weights too"
+    )
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     steps: Literal["pythia"] | tuple[int, ...] = _key(
         "pythia", "kept for ever: 0,1,2,4..512,1000,2000.. or a list; the last step always"
@@ -188,6 +203,7 @@ class Config:
     train: Train = field(default_factory=Train)
     optimizer: Optimizer = field(default_factory=Optimizer)
     precision: Precision = field(default_factory=Precision)
+    parallel: Parallel = field(default_factory=Parallel)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     kernels: Kernels = field(default_factory=Kernels)
     log: Log = field(default_factory=Log)
@@ -221,6 +237,8 @@ _NOT_DECISIVE = frozenset(
     recipe model.preset data.prefix data.valid_prefix data.tokenizer data.cache
     train.valid_every train.valid_rows optimizer.backend kernels.backend kernels.recompute
     checkpoint.steps checkpoint.every checkpoint.keep
+    parallel.data parallel.tensor parallel.pipeline parallel.sequence parallel.schedule
+    parallel.stages_per_rank parallel.shard
     log.every log.sample log.tensorboard log.wandb
     """.split()
 )
