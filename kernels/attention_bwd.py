@@ -41,7 +41,7 @@ BACKWARD = {
     32: (Tile(64, 128, warps=8, stages=2), Tile(64, 128, warps=8, stages=2)),
     64: (Tile(64, 128, warps=8, stages=3), Tile(32, 128, warps=8, stages=2)),
     80: (Tile(32, 128, warps=8, stages=2), Tile(32, 64, warps=4, stages=2)),
-    128: (Tile(32, 128, warps=8, stages=3), Tile(32, 64, warps=8, stages=2)),
+    128: (Tile(32, 128, warps=8, stages=3), Tile(16, 64, warps=4, stages=2)),
 }
 # dk, dv and dq at once do not fit in registers: a launch for each
 DK_APART = {256: (Tile(32, 128, warps=8, stages=2), Tile(32, 64, warps=8, stages=1))}
