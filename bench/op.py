@@ -92,7 +92,8 @@ class Op:
     differentiable: tuple[str, ...] = ()
     consumed: tuple[str, ...] = ()  # the op may write over these
     written: tuple[str, ...] = ()  # results that are arguments
-    flops: dict[str, Callable[[Shape], int]] = field(default_factory=dict)  # per pass, if by FLOPs
+    # per pass, of a shape and its inputs, where FLOPs bound the op
+    flops: dict[str, Callable[[Shape, dict[str, Any]], float]] = field(default_factory=dict)
     products: bool = False  # matrix products, whose operands are rounded on the way
     repeats: bool = True  # two runs give the same bits
 

@@ -186,9 +186,13 @@ def _rotary_moved(s: Shape, size: int) -> int:
     return 4 * size * (s.head_dim // 4 // 2 * 2) * s.rows * s.heads
 
 
-def _causal(s: Shape) -> int:
-    """FLOPs of causal attention's forward: 4·B·H·T²·D, halved."""
-    return 2 * s.batch * s.positions**2 * s.hidden
+def _causal(s: Shape, inputs: dict[str, Any]) -> float:
+    """FLOPs of causal attention's forward: 4·B·H·T²·D, halved; within documents Σ n² for B·T²."""
+    squares = s.batch * s.positions**2
+    if (starts := inputs.get("doc_start")) is not None:
+        at = torch.arange(s.positions, device=starts.device)
+        squares = int((2 * (at - starts) + 1).sum())  # Σ (2j + 1) over j < n is n²
+    return 2.0 * squares * s.hidden
 
 
 def _attention(label: str, inputs: Inputs, **fields: Any) -> Op:
@@ -201,7 +205,7 @@ def _attention(label: str, inputs: Inputs, **fields: Any) -> Op:
         bytes_moved={},
         differentiable=("qkv",),
         consumed=("qkv",),
-        flops={"forward": _causal, "backward": lambda s: 5 * _causal(s) // 2},
+        flops={"forward": _causal, "backward": lambda s, inputs: 2.5 * _causal(s, inputs)},
         products=True,
         **fields,
     )
@@ -332,7 +336,7 @@ OPS: tuple[Op, ...] = (
         key=lambda s: (s.rows, s.hidden, s.vocab),
         bytes_moved={},
         differentiable=("x", "weight"),
-        flops={"both": lambda s: 6 * s.rows * s.hidden * s.vocab},
+        flops={"both": lambda s, _: 6.0 * s.rows * s.hidden * s.vocab},
         products=True,
     ),
     Op(

@@ -28,6 +28,7 @@ from statistics import median, quantiles
 from typing import Any, Self
 
 from bench import nvml
+from pythia_fast.data.files import publish
 from pythia_fast.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
@@ -90,7 +91,8 @@ class ResultFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = "".join(json.dumps(row) + "\n" for row in read(path)) if path.exists() else ""
         if path.exists() and path.stat().st_size != len(whole.encode()):
-            path.write_text(whole)
+            with publish(path) as file:
+                file.write(whole.encode())
         self._file = path.open("a")
 
     def append(self, row: Row) -> None:

@@ -23,6 +23,7 @@ from bench.bench_train import tokens_per_second
 from bench.compare import PROCESSES, Samples, enough, ratio_interval
 from bench.record import RESULTS, Row, newest, read, times
 from bench.runner import DEFAULT_SIZES
+from pythia_fast.data.files import publish
 from pythia_fast.errors import CheckError, InputError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -360,7 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = committed()
             text = _replaced(readme.read_text(), readme_block(rows))
             written = [readme, *(figure.save(docs) for figure in figures.all_figures(rows))]
-            readme.write_text(text)
+            with publish(readme) as file:
+                file.write(text.encode())
     except InputError as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2

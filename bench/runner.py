@@ -92,7 +92,7 @@ def measure(
         return
     for which in op.passes:
         timed = _time(op, function, inputs, which, kind, l2, timer or timing.cuda_timer)
-        figures = {**times(timed.ms), **_rate(op, s, which, timed.ms, kind)}
+        figures = {**times(timed.ms), **_rate(op, s, inputs, which, timed.ms, kind)}
         yield row | {"part": which, **figures, **timed.device}
 
 
@@ -156,11 +156,13 @@ def _time(
     return timer(passed, run, l2)
 
 
-def _rate(op: Op, s: Shape, which: str, ms: list[float], dtype: torch.dtype) -> Row:
+def _rate(
+    op: Op, s: Shape, inputs: dict[str, Any], which: str, ms: list[float], dtype: torch.dtype
+) -> Row:
     """TFLOP/s where products bound the op, else GB/s of necessary bytes; of the median."""
     p50 = times(ms)["ms_p50"]
     if op.flops:
-        return {"tflops": op.flops[which](s) / p50 / 1e9}
+        return {"tflops": op.flops[which](s, inputs) / p50 / 1e9}
     return {"gbps": op.bytes_moved[which](s, dtype.itemsize) / p50 / 1e6}
 
 

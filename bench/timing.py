@@ -1,10 +1,12 @@
 """Times on the GPU: CUDA events, every repetition kept, an explicit L2 policy.
 
 Each repetition prepares its inputs, evicts L2 (policy "cold"), holds the stream for a moment so
-that the host runs ahead of the GPU, and records two events around the call. What is timed is the
-GPU's work, not the launch. L2 is evicted by reading: what preparation left dirty is written back
-before the clock starts, and the lines that take its place are clean, so that no write-back of
-ours is counted as the kernel's.
+that the host runs ahead of the GPU, and records two events around the call. A repetition whose
+first event the GPU had passed before the host had queued the second is discarded, and the hold is
+doubled: what is timed is the GPU's work, not the launch. A call that itself waits for the GPU can
+never be timed so; its rows say how many repetitions were late. L2 is evicted by reading: what
+preparation left dirty is written back before the clock starts, and the lines that take its place
+are clean, so that no write-back of ours is counted as the kernel's.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from bench.nvml import Sampler
 WARMUP = 5
 REPEATS = 50
 FLUSH_BYTES = 512 << 20  # eight times the 60 MB of an H200's L2
-HOLD_CYCLES = 1_000_000  # about half a millisecond
+HOLD_CYCLES, LONGEST_HOLD = 1_000_000, 64_000_000  # about half a millisecond, and 32
 
 
 class Timed(NamedTuple):
@@ -43,27 +45,34 @@ def cuda_timer(prepare: Callable[[], Any], call: Callable[[Any], Any], l2: str =
     """`Timer` with CUDA events: WARMUP calls, then REPEATS of them.
 
     "cold" reads FLUSH_BYTES between preparation and call; "warm" leaves in L2 what preparation put
-    there, as a producer does.
+    there, as a producer does. "host_late" of the row: repetitions that may hold launch time,
+    because the longest hold did not let the host run ahead.
     """
     flush = torch.zeros(FLUSH_BYTES // 4, device="cuda") if l2 == "cold" else None
-    milliseconds = []
+    milliseconds: list[float] = []
+    hold, late = HOLD_CYCLES, 0
     for _ in range(WARMUP):
         call(prepare())
     with Sampler() as sampler:
-        for _ in range(REPEATS):
+        while len(milliseconds) < REPEATS:
             state = prepare()
             if flush is not None:
                 flush.amax()
-            torch.cuda._sleep(HOLD_CYCLES)
+            torch.cuda._sleep(hold)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call(state)
             end.record()
+            behind = start.query()  # the GPU was there before the whole call was queued
             end.synchronize()
+            if behind and hold < LONGEST_HOLD:
+                hold *= 2
+                continue
+            late += behind
             milliseconds.append(start.elapsed_time(end))
-    state = sampler.summary()
-    del state["energy_j"]  # most of it is preparation's
-    return Timed(milliseconds, state)
+    device = sampler.summary()
+    del device["energy_j"]  # most of it is preparation's
+    return Timed(milliseconds, device | {"host_late": late})
 
 
 class StepClock(Protocol):

@@ -34,8 +34,13 @@ def test_necessary_bytes(size: str) -> None:
     assert find("grad_norm").bytes_moved["forward"](s, 2) == 4 * s.flat
     attention = find("attention").flops  # the facts' counting: 4·B·H·T²·D, halved, 2.5 times back
     halved = 4 * 2 * s.heads * 2048**2 * s.head_dim // 2
-    assert attention["forward"](s) == halved
-    assert attention["backward"](s) == 2.5 * halved
+    assert attention["forward"](s, {}) == halved
+    assert attention["backward"](s, {}) == 2.5 * halved
+    lengths = (1, 600, 1447)  # of documents, in both rows
+    starts = torch.tensor([i for i, n in zip((0, 1, 601), lengths, strict=True) for _ in range(n)])
+    squares = 2 * sum(n**2 for n in lengths)
+    within = attention["forward"](s, {"doc_start": starts.expand(2, -1)})
+    assert within == 2 * squares * s.heads * s.head_dim
     assert find("attention_decode").bytes_moved["forward"](s, 2) == 4 * s.hidden * tokens
     # q and k, read and written, a quarter of each: as much as one tensor of h
     assert find("rotary").bytes_moved["forward"](s, 2) == 2 * s.hidden * tokens
