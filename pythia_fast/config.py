@@ -183,6 +183,9 @@ class Kernels:
     recompute: Literal["none", "selective"] = _key(
         "none", "selective: fused blocks make norms and GELU again, 9 instead of 15 h a token kept"
     )
+    graph: bool = _key(
+        True, "replay the fused step as one CUDA graph; the same bits as launch by launch"
+    )
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,7 @@ _NOT_DECISIVE = frozenset(
     """
     recipe model.preset data.prefix data.valid_prefix data.tokenizer data.cache
     train.valid_every train.valid_rows optimizer.backend kernels.backend kernels.recompute
-    checkpoint.steps checkpoint.every checkpoint.keep
+    kernels.graph checkpoint.steps checkpoint.every checkpoint.keep
     parallel.data parallel.tensor parallel.pipeline parallel.sequence parallel.schedule
     parallel.stages_per_rank parallel.shard
     log.every log.sample log.tensorboard log.wandb

@@ -228,12 +228,24 @@ class AdamW:
                 self._sum.add_(self.grad)
             self._first_rank, self.fresh = False, True
 
-    @torch.no_grad()
     def step(self, lr: float) -> Tensor:
+        """A whole update: `begin`, then `apply`."""
+        self.begin(lr)
+        return self.apply()
+
+    def begin(self, lr: float) -> None:
+        """Counts the next update and writes its learning rates and Adam's t to the device."""
+        self.updates += 1
+        t = float(self.updates + self.config.step_offset)
+        for i, value in enumerate((lr, t, lr * self.config.row_bias_copies)):
+            self._scalars[i].fill_(value)  # by kernel argument: a copy from the host would wait
+
+    @torch.no_grad()
+    def apply(self) -> Tensor:
         """Clips, updates master and compute weights; returns the norm before clipping (on device).
 
-        An update that overflowed under loss scaling is skipped: `updates` stands still, the norm
-        is not finite. Raises CheckError where loss scaling gives up.
+        An update that overflowed under loss scaling is skipped: `updates` is as before `begin`, the
+        norm is not finite. Raises CheckError where loss scaling gives up.
         """
         if self._sum is not None:
             self.grad.copy_(self._sum.mul_(1 / self.precision.ranks))
@@ -244,11 +256,12 @@ class AdamW:
             before, overflow = self.loss_scale.scale, not bool(norm.isfinite())
             self.loss_scale.update(overflow)
             if overflow:
+                self.updates -= 1
                 return norm
             after_update = self.precision.unscale_after_update
             unscale = self.loss_scale.scale if after_update else before
         norm = norm / unscale
-        self._update(lr, grad_scale=self._clip_factor(norm) / unscale)
+        self._update(grad_scale=self._clip_factor(norm) / unscale)
         return norm
 
     def _grad_norm(self) -> Tensor:
@@ -263,17 +276,13 @@ class AdamW:
         """min(1, clip/(norm + clip_eps)). Source: DeeperSpeed stage1.py:785-805."""
         return (self.config.clip / (norm + self.config.clip_eps)).clamp(max=1.0)
 
-    def _update(self, lr: float, grad_scale: Tensor) -> None:
+    def _update(self, grad_scale: Tensor) -> None:
         """AdamW with gradients times grad_scale; p-fold row biases move by p·lr.
 
         Each of p equal copies moves by lr and has the gradient of their sum, Adam does not see
         the scale of a parameter, and biases do not decay: exactly p·lr for the sum.
         """
         c = self.config
-        self.updates += 1
-        t = float(self.updates + c.step_offset)
-        for i, value in enumerate((lr, t, lr * c.row_bias_copies)):
-            self._scalars[i].fill_(value)  # by kernel argument: a copy from the host would wait
         if self._torch is not None:
             # the fused kernel divides gradients by grad_scale on the way (GradScaler's interface)
             self._torch.grad_scale = grad_scale.reciprocal()  # type: ignore[attr-defined]
@@ -290,6 +299,11 @@ class AdamW:
                 grad_scale=grad_scale.view(1),
                 betas=c.betas, eps=c.eps, weight_decay=c.weight_decay,
             )  # fmt: skip
+
+    @property
+    def on_kernels(self) -> bool:
+        """Whether the ops' kernel updates, not torch's AdamW."""
+        return self._torch is None
 
     def _parts(self) -> list[tuple[slice, int]]:
         """(range, index of its learning rate in _scalars): everything, or row biases apart."""

@@ -29,6 +29,7 @@ from pythia_fast.data.files import publish
 from pythia_fast.data.loader import RUNNING_START, Loader, read_batch
 from pythia_fast.errors import CheckError, InputError
 from pythia_fast.explain import differences
+from pythia_fast.graph import Compute, graphed
 from pythia_fast.metrics import StepLog, Trackers, read_steps, require_trackers
 from pythia_fast.model import Pythia, initialise
 from pythia_fast.ops import select
@@ -59,6 +60,9 @@ class Trainer:
         self.model = Pythia(c.model, ops)
         self.optimizer = AdamW(self.model, c.optimizer, c.precision, ops, self.device)
         self._fuse()
+        self.compute: Compute = self._on_device
+        if c.kernels.graph:
+            self.compute = graphed(self._on_device, self.device, self._obstacle())
         self.permanent = frozenset(checkpoint.schedule(c.checkpoint.steps, c.train.steps))
         self.step = 0  # steps done, skipped ones too
         self.first_step = 0  # that of the checkpoint a run was imported from
@@ -82,11 +86,27 @@ class Trainer:
     # --- the step ---
 
     def train_step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """One optimizer step on tokens (batch_size, T + 1) int64.
+        """One optimizer step on tokens (batch_size, T + 1) int64, pinned or on the device.
 
-        Returns the mean loss (nats a token) and the gradient norm before clipping, on the device.
+        Returns the mean loss (nats a token) and the gradient norm before clipping, on the device,
+        where the next step overwrites them. The host's part: what changes from step to step.
         """
         c, optimizer = self.config, self.optimizer
+        counts_updates = c.optimizer.schedule_counts == "updates"
+        count = optimizer.updates if counts_updates else self.step
+        self.lr = learning_rate(c.optimizer, count, c.train.steps)
+        optimizer.begin(self.lr)
+        loss, norm = self.compute(tokens)
+        self.step += 1
+        return loss, norm
+
+    def _on_device(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The device's part: a function of the tokens and of the scalars that `begin` has written.
+
+        A CUDA graph records it (`graph.py`): nothing here may differ from step to step.
+        """
+        c, optimizer = self.config, self.optimizer
+        tokens = tokens.to(self.device, non_blocking=True)
         factor = optimizer.loss_factor  # of the loss before backward
         scale = factor / (tokens.shape[0] * (tokens.shape[1] - 1))  # factor / positions of the step
         loss = torch.zeros((), device=self.device)
@@ -97,18 +117,24 @@ class Trainer:
                 optimizer.accumulate()
                 loss += micro_loss.detach()
             optimizer.end_rank()
-        counts_updates = c.optimizer.schedule_counts == "updates"
-        count = optimizer.updates if counts_updates else self.step
-        self.lr = learning_rate(c.optimizer, count, c.train.steps)
-        norm = optimizer.step(self.lr)
-        self.step += 1
+        norm = optimizer.apply()
         return loss / factor, norm
+
+    def _obstacle(self) -> str | None:
+        """Why a step here cannot be recorded."""
+        if self.optimizer.loss_scale is not None:
+            return "since loss scaling decides on the host whether a step counts"
+        if self.model.fused is None:
+            return "since its blocks are not fused"
+        if not self.optimizer.on_kernels:
+            return "since torch's AdamW updates"
+        return None
 
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss of the first train.valid_rows held-out rows, nats a token."""
         assert self.valid_tokens is not None
-        tokens = self._to_device(self.valid_tokens)
+        tokens = self._staged(self.valid_tokens).to(self.device, non_blocking=True)
         scale = 1.0 / (tokens.shape[0] * (tokens.shape[1] - 1))
         rows = tokens.split(self.config.train.micro_batch_size)
         return float(sum(self.model.loss(r, scale).item() for r in rows))
@@ -139,7 +165,7 @@ class Trainer:
             clock = _Clock(c.tokens_per_step)
             for batch in loader:
                 try:
-                    loss, norm = self.train_step(self._to_device(batch.tokens))
+                    loss, norm = self.train_step(self._staged(batch.tokens))
                 except CheckError as error:  # loss scaling gave up
                     raise self._end(str(error)) from None
                 self.book.append(batch)
@@ -200,8 +226,10 @@ class Trainer:
         rows = list(read_steps(self.run_dir / "metrics.jsonl"))
         return rows[-1] if rows else {"step": self.step}
 
-    def _to_device(self, tokens: np.ndarray) -> Tensor:
-        return torch.from_numpy(tokens.astype(np.int64)).to(self.device, non_blocking=True)
+    def _staged(self, tokens: np.ndarray) -> Tensor:
+        """tokens as int64 on the host; beside a GPU pinned, and not reused before they are read."""
+        host = torch.from_numpy(tokens.astype(np.int64))
+        return host.pin_memory() if self.device.type == "cuda" else host
 
     # --- state on disk ---
 

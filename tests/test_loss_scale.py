@@ -224,8 +224,8 @@ def test_overflows_with_fp32_gradients_of_fp16_weights() -> None:
 
 OPTIM = "pythia_fast/optim.py"
 STEP_MUTANTS = [
-    Mutant("an overflow is applied", OPTIM, "            if overflow:\n                return norm\n", ""),
-    Mutant("a skipped step counts as an update", OPTIM, "            if overflow:\n                return norm\n", "            if overflow:\n                self.updates += 1\n                return norm\n"),
+    Mutant("an overflow is applied", OPTIM, "                self.updates -= 1\n                return norm\n", "                pass\n"),
+    Mutant("a skipped step counts as an update", OPTIM, "                self.updates -= 1\n", ""),
     Mutant("unscaled by the scale before", OPTIM, "self.loss_scale.scale if after_update else before", "before"),
     Mutant("unscaled by the scale after", OPTIM, "self.loss_scale.scale if after_update else before", "self.loss_scale.scale"),
     Mutant("norm of scaled gradients", OPTIM, "norm = norm / unscale", "norm = norm / 1.0"),
