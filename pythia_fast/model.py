@@ -9,7 +9,7 @@ Shapes: B rows, T positions, H heads, D head dim, R rotary dims, h = H·D hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -84,7 +84,7 @@ class GPTNeoX(nn.Module):
         self.final_layer_norm = nn.LayerNorm(c.hidden, eps=c.norm_eps)
 
     def forward(self, tokens: Tensor, blocks: list[Callable[[Tensor], Tensor]]) -> Tensor:
-        x = self.embed_in(tokens)  # (B, T, h)
+        x = self.ops.embedding(tokens, self.embed_in.weight)  # (B, T, h)
         for block in blocks:
             x = block(x)
         norm = self.final_layer_norm
@@ -169,26 +169,32 @@ def materialise(model: nn.Module, device: torch.device | str, dtype: torch.dtype
             setattr(module, name, nn.Parameter(fresh))
 
 
-@torch.no_grad()
-def initialise(model: Pythia, seed: int) -> None:
-    """Draws the initial weights, in fp32 on the CPU in module order: equal on every device.
+def initial_weights(c: Model, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp32 weight on the CPU) of every parameter, in module order: equal on every device.
 
     small-wang: N(0, √(2/5h)) for embeddings, qkv and MLP-in; N(0, 2/(L√h)) for the two products
     that write the residual stream. normal: 0.02 and 0.02/√(2L) in their place (6.9b and 12b).
     Biases 0, LayerNorm weights 1. Source: GPT-NeoX v1.0 init_functions.py:20-36, 101-118.
     """
-    c = model.config
     if c.init == "small-wang":
         std, output_std = math.sqrt(2 / (5 * c.hidden)), 2 / (c.layers * math.sqrt(c.hidden))
     else:
         std, output_std = 0.02, 0.02 / math.sqrt(2 * c.layers)
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    for name, parameter in Pythia(c).named_parameters():
         if name.endswith("bias"):
-            parameter.zero_()
+            yield name, torch.zeros(parameter.shape)
         elif "norm" in name:
-            parameter.fill_(1.0)
+            yield name, torch.ones(parameter.shape)
         else:
             wide = output_std if ("dense.weight" in name or "4h_to_h" in name) else std
-            drawn = torch.empty(parameter.shape).normal_(0.0, wide, generator=generator)
-            parameter.copy_(drawn)
+            drawn = torch.empty(parameter.shape)
+            yield name, drawn.normal_(0.0, wide, generator=generator)
+
+
+@torch.no_grad()
+def initialise(model: Pythia, seed: int) -> None:
+    """Gives a whole model its `initial_weights`."""
+    parameters = dict(model.named_parameters())
+    for name, drawn in initial_weights(model.config, seed):
+        parameters[name].copy_(drawn)

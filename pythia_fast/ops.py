@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pythia_fast.errors import InputError
@@ -19,6 +20,7 @@ from pythia_fast.kernels import reference
 @dataclass(frozen=True)
 class Ops:
     name: str
+    embedding: Callable[[Tensor, Tensor], Tensor]
     attention: Callable[..., Tensor]
     attention_decode: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
@@ -26,12 +28,16 @@ class Ops:
     parallel_residual: Callable[..., Tensor]
     gelu: Callable[..., Tensor]
     cross_entropy: Callable[..., Tensor]
+    cross_entropy_stats: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    cross_entropy_combine: Callable[..., tuple[Tensor, Tensor]]
+    cross_entropy_grad_: Callable[..., Tensor]
     grad_norm: Callable[[Tensor], Tensor]
     adamw_: Callable[..., None]
 
 
 REFERENCE = Ops(
     name="reference",
+    embedding=F.embedding,
     attention=reference.attention,
     attention_decode=reference.attention_decode,
     layer_norm=reference.layer_norm,
@@ -39,6 +45,9 @@ REFERENCE = Ops(
     parallel_residual=reference.parallel_residual,
     gelu=reference.gelu,
     cross_entropy=reference.cross_entropy,
+    cross_entropy_stats=reference.cross_entropy_stats,
+    cross_entropy_combine=reference.cross_entropy_combine,
+    cross_entropy_grad_=reference.cross_entropy_grad_,
     grad_norm=reference.grad_norm,
     adamw_=reference.adamw_,
 )
@@ -62,10 +71,18 @@ def select(backend: str, device: torch.device, deterministic: bool = True) -> Op
 
 def _triton(device: torch.device, deterministic: bool) -> Ops:
     from pythia_fast import attention
-    from pythia_fast.kernels import adam, cross_entropy, gelu, layer_norm, parallel_residual
+    from pythia_fast.kernels import (
+        adam,
+        cross_entropy,
+        cross_entropy_shards,
+        gelu,
+        layer_norm,
+        parallel_residual,
+    )
 
     return Ops(
         name="triton",
+        embedding=F.embedding,
         attention=attention.select(device, deterministic),
         attention_decode=attention.decode,
         layer_norm=layer_norm.layer_norm,
@@ -73,6 +90,9 @@ def _triton(device: torch.device, deterministic: bool) -> Ops:
         parallel_residual=parallel_residual.parallel_residual,
         gelu=gelu.gelu,
         cross_entropy=cross_entropy.cross_entropy,
+        cross_entropy_stats=cross_entropy_shards.cross_entropy_stats,
+        cross_entropy_combine=cross_entropy_shards.cross_entropy_combine,
+        cross_entropy_grad_=cross_entropy_shards.cross_entropy_grad_,
         grad_norm=adam.grad_norm,
         adamw_=adam.adamw_,
     )

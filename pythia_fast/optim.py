@@ -1,29 +1,32 @@
 """AdamW over flat buffers, the learning-rate schedules, and what a step does with its gradients.
 
 Master weights and both moments each live in one contiguous fp32 buffer, gradients in one of their
-own dtype; the model's parameters are views. Parameters stand in the order of `_kind`, so that what
-decays, what tensor-parallel ranks replicate and what they sum are ranges; the two products that
-write the residual stream are the columns of one matrix (`_layout`). One launch updates everything,
-the norm is one reduction, and only loss scaling reads anything back to the host.
+own dtype; the model's parameters are views, where `flat.py` puts them. One launch updates
+everything, the norm is one reduction, and only loss scaling reads anything back to the host.
+
+On several processes the buffers hold this one's part of each tensor-parallel parameter, and where
+optimizer states are sharded (`parallel/data.py`) master and moments are those of its own pieces.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pythia_fast.config import Optimizer as OptimizerConfig
-from pythia_fast.config import Precision
+from pythia_fast.config import Parallel, Precision
+from pythia_fast.flat import lay_out
 from pythia_fast.loss_scale import LossScale
 from pythia_fast.ops import Ops
+from pythia_fast.parallel.data import Ownership
+from pythia_fast.parallel.mesh import Mesh
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_ALIGN = 128  # elements; every parameter starts on a 256-byte boundary even in bf16
 
 
 def learning_rate(c: OptimizerConfig, step: int, steps: int) -> float:
@@ -48,55 +51,6 @@ def learning_rate(c: OptimizerConfig, step: int, steps: int) -> float:
     return c.min_lr + (c.lr - c.min_lr) / 2 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def _kind(name: str, decay_embeddings: bool) -> int:
-    """Rank of a parameter in the flat buffers.
-
-    0 decays: matrices, both embeddings included unless decay_embeddings is off. 1 does not decay:
-    biases of query_key_value and dense_h_to_4h, split over tensor-parallel ranks. 2: LayerNorms,
-    replicated there. 3: biases of the two row-parallel products, replicated and summed.
-    """
-    if name.endswith(("attention.dense.bias", "dense_4h_to_h.bias")):
-        return 3
-    if "norm" in name:
-        return 2
-    embedding = name.split(".")[-2:-1] in (["embed_in"], ["embed_out"])
-    return 1 if name.endswith("bias") or (embedding and not decay_embeddings) else 0
-
-
-class Slot(NamedTuple):
-    """Where a parameter lies in the flat buffers; rows of a matrix are `stride` elements apart."""
-
-    start: int
-    shape: torch.Size
-    stride: int
-
-    def of(self, flat: Tensor) -> Tensor:
-        strides = (self.stride, 1)[-len(self.shape) :]
-        return flat.as_strided(self.shape, strides, flat.storage_offset() + self.start)
-
-
-_LEFT, _RIGHT = "attention.dense.weight", "mlp.dense_4h_to_h.weight"
-
-
-def _layout(shapes: dict[str, torch.Size], start: int) -> tuple[dict[str, Slot], int]:
-    """Slots of parameters (matrices, vectors) one after another from `start`, and where they end.
-
-    attention.dense.weight (h, h) and mlp.dense_4h_to_h.weight (h, 4h) of a layer are the columns of
-    one (h, 5h) matrix: [ctx | gelu] [Wo W2]ᵀ is then one product over both.
-    """
-    slots: dict[str, Slot] = {}
-    for name in shapes:
-        if name in slots:  # came with its partner
-            continue
-        pair = (name, name.removesuffix(_LEFT) + _RIGHT)
-        joined = pair if name.endswith(_LEFT) and pair[1] in shapes else pair[:1]
-        columns = [shapes[n][-1] for n in joined]
-        for n, before in zip(joined, itertools.accumulate(columns, initial=0), strict=False):
-            slots[n] = Slot(start + before, shapes[n], sum(columns))
-        start += -(-sum(shapes[n].numel() for n in joined) // _ALIGN) * _ALIGN
-    return slots, start
-
-
 class AdamW:
     """Owns a model's weights and optimizer state.
 
@@ -113,27 +67,36 @@ class AdamW:
         precision: Precision,
         ops: Ops,
         device: torch.device,
+        mesh: Mesh | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
+        """mesh, parallel: this process among others, and what they share; None: it is alone."""
         self.config, self.precision, self.ops = c, precision, ops
+        self.mesh, self.parallel = mesh or Mesh.alone(device), parallel or Parallel()
+        self._copies = self.mesh.group("data")
+        self._sharded = self._copies is not None and self.parallel.shard == "optimizer"
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.slots: dict[str, Slot] = {}
-        end, ends = 0, []  # where each kind ends
-        for kind in range(4):
-            of_kind = {n: s for n, s in shapes.items() if _kind(n, c.decay_embeddings) == kind}
-            slots, end = _layout(of_kind, end)
-            self.slots |= slots
-            ends.append(end)
-        self.decay_until, self.replicated_from, self.row_biases_from, _ = ends
+        copies = self.mesh.degrees.data if self._sharded else 1
+        self.layout = layout = lay_out(shapes, c.decay_embeddings, copies)
+        self.slots = layout.slots
+        self.own = Ownership(layout.buckets, copies, self.mesh.copy if self._sharded else 0)
+        self._device = device
         # padding between parameters stays 0: its gradient, moments and update are 0
         self.master, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(end, dtype=torch.float32, device=device) for _ in range(3)
+            self._zeros(self.own.size, "fp32") for _ in range(3)
         )
-        self.grad = torch.zeros_like(self.master, dtype=DTYPES[precision.gradients])
+        self.grad = self._zeros(layout.size, precision.gradients)
         self._sum = None  # of the ranks so far
         if precision.ranks > 1:
-            self._sum = torch.zeros_like(self.master, dtype=DTYPES[precision.gradient_sum])
-        dtype = DTYPES[precision.compute]
-        self.weight = None if dtype == torch.float32 else torch.zeros_like(self.master, dtype=dtype)
+            self._sum = self._zeros(layout.size, precision.gradient_sum)
+        # the model's weights are views of `weight`; an update writes master and `_own_weight`
+        wide = precision.compute == "fp32"
+        in_master = wide and not self._sharded
+        self.weight = self.master if in_master else self._zeros(layout.size, precision.compute)
+        self._own_weight, self._own_grad = None if wide else self.weight, self.grad
+        if self._sharded:
+            self._own_weight = None if wide else self._zeros(self.own.size, precision.compute)
+            self._own_grad = self._zeros(self.own.size, precision.gradients)
         self.loss_scale = None
         if precision.loss_scaling != "none":
             self.loss_scale = LossScale(hysteresis=precision.loss_scaling == "hysteresis")
@@ -146,9 +109,11 @@ class AdamW:
 
     # --- buffers and views ---
 
+    def _zeros(self, size: int, dtype: str) -> Tensor:
+        return torch.zeros(size, dtype=DTYPES[dtype], device=self._device)
+
     def _bind(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-        compute = self.master if self.weight is None else self.weight
-        weights, grads = self.views(compute), self.views(self.grad)
+        weights, grads = self.views(self.weight), self.views(self.grad)
         bound = []
         for name in [n for n, _ in model.named_parameters()]:
             owner, _, leaf = name.rpartition(".")
@@ -183,11 +148,17 @@ class AdamW:
     @torch.no_grad()
     def sync_weights(self, from_model: bool = False) -> None:
         """Copies master -> compute weights, or back after weights were drawn in the model."""
-        if self.weight is not None:
-            source, target = (
-                (self.weight, self.master) if from_model else (self.master, self.weight)
-            )
-            target.copy_(source)
+        if from_model:
+            self.own.take(self.master, self.weight)
+        elif self._own_weight is not None:
+            self._own_weight.copy_(self.master)
+        if not from_model and self._sharded:
+            self._gather_weights()
+
+    def _gather_weights(self) -> None:
+        own = self.master if self._own_weight is None else self._own_weight
+        assert self._copies is not None
+        self.own.gather(self.weight, own, self._copies)
 
     # --- a step ---
 
@@ -249,6 +220,7 @@ class AdamW:
         """
         if self._sum is not None:
             self.grad.copy_(self._sum.mul_(1 / self.precision.ranks))
+        self._reduce()
         norm = self._grad_norm()
         self.fresh = self._first_rank = True
         unscale = 1.0
@@ -264,13 +236,38 @@ class AdamW:
         self._update(grad_scale=self._clip_factor(norm) / unscale)
         return norm
 
+    def _reduce(self) -> None:
+        """Adds up what the other processes have of each gradient."""
+        layout, part = self.layout, self.mesh.group("tensor")
+        if part is not None:  # partial where vocabulary, heads and 4h are (parallel/tensor.py)
+            end = layout.size if self.parallel.sequence else layout.row_biases_from
+            dist.all_reduce(self.grad[layout.replicated_from : end], group=part)
+        if self._copies is None:
+            return
+        if self._sharded:
+            self.own.reduce(self._own_grad, self.grad, self._copies)
+        else:
+            dist.all_reduce(self.grad, group=self._copies)
+
     def _grad_norm(self) -> Tensor:
-        """Norm of all gradients; replicated parameters count once a tensor-parallel rank."""
-        norm = self.ops.grad_norm(self.grad)
-        if self.config.norm_copies == 1:
+        """Norm of all gradients; replicated parameters count `norm_copies` times.
+
+        Each process adds what it alone owns: of replicated parameters the first tensor-parallel
+        one, of unsharded states the first data-parallel one.
+        """
+        copies, mesh, world = self.config.norm_copies, self.mesh, self.mesh.degrees.world
+        norm = self.ops.grad_norm(self._own_grad)
+        if world == copies == 1:
             return norm
-        replicated = self.ops.grad_norm(self.grad[self.replicated_from :])
-        return (norm.square() + (self.config.norm_copies - 1) * replicated.square()).sqrt()
+        replicated = self.ops.grad_norm(
+            self._own_grad[self.own.below(self.layout.replicated_from) :]
+        )
+        square = norm.square() + ((copies if mesh.part == 0 else 0) - 1) * replicated.square()
+        if world > 1:
+            if not self._sharded and mesh.copy > 0:
+                square.zero_()
+            dist.all_reduce(square)
+        return square.sqrt()
 
     def _clip_factor(self, norm: Tensor) -> Tensor:
         """min(1, clip/(norm + clip_eps)). Source: DeeperSpeed stage1.py:785-805."""
@@ -289,16 +286,19 @@ class AdamW:
             self._torch.step()
             self.sync_weights()
             return
+        until = self.own.below(self.layout.decay_until)
         for part, rate in self._parts():
-            weight = None if self.weight is None else self.weight[part]
+            weight = None if self._own_weight is None else self._own_weight[part]
             self.ops.adamw_(
                 weight, self.master[part], self.exp_avg[part], self.exp_avg_sq[part],
-                self.grad[part],
-                decay_until=max(self.decay_until - part.start, 0),
+                self._own_grad[part],
+                decay_until=max(until - part.start, 0),
                 lr=self._scalars[rate : rate + 1], step=self._scalars[1:2],
                 grad_scale=grad_scale.view(1),
                 betas=c.betas, eps=c.eps, weight_decay=c.weight_decay,
             )  # fmt: skip
+        if self._sharded:
+            self._gather_weights()
 
     @property
     def on_kernels(self) -> bool:
@@ -307,7 +307,7 @@ class AdamW:
 
     def _parts(self) -> list[tuple[slice, int]]:
         """(range, index of its learning rate in _scalars): everything, or row biases apart."""
-        end, cut = self.master.numel(), self.row_biases_from
+        end, cut = self.own.size, self.own.below(self.layout.row_biases_from)
         if self.config.row_bias_copies == 1 or cut == end:
             return [(slice(0, end), 0)]
         return [(slice(0, cut), 0), (slice(cut, end), 2)]
@@ -320,11 +320,11 @@ class AdamW:
 
     def _make_torch_adamw(self) -> torch.optim.AdamW:
         """torch's fused AdamW over the same buffers, as flat parameters."""
-        c, cut = self.config, self.decay_until
+        c, cut = self.config, self.own.below(self.layout.decay_until)
         groups = []
         for part, rate in ((p, r) for whole, r in self._parts() for p in _split(whole, cut)):
             flat = nn.Parameter(self.master[part])
-            flat.grad = self.grad[part]
+            flat.grad = self._own_grad[part]
             decay = c.weight_decay if part.stop <= cut else 0.0
             lr = self._scalars[rate]
             groups.append({"params": [flat], "part": part, "lr": lr, "weight_decay": decay})

@@ -131,23 +131,23 @@ def test_numpy_that_ignores_a_switch_differs(name: str, page: Path, tmp_path: Pa
         follow(config, fresh_trainer(config, tmp_path), 5, 3e-6, 1e-3, **IGNORED[name])
 
 
-OPTIM, MODEL = "pythia_fast/optim.py", "pythia_fast/model.py"
+OPTIM, FLAT, MODEL = (f"pythia_fast/{name}.py" for name in ("optim", "flat", "model"))
 SWITCH_MUTANTS = {
     "model.activation": Mutant("always the tanh form", MODEL, 'if c.activation == "gelu_tanh" else "none"', 'if True else "none"'),
     "model.rope_table": Mutant("table always fp32", MODEL, "_DTYPE[c.rope_table]", "torch.float32"),
     "optimizer.schedule": Mutant("always neox-v1", OPTIM, 'if c.schedule == "neox-v1":', "if True:"),
     "optimizer.step_offset": Mutant("offset always 1", OPTIM, 'torch.tensor(float(c.step_offset), device', 'torch.tensor(1.0, device'),
-    "optimizer.decay_embeddings": Mutant("embeddings always decay", OPTIM, "(embedding and not decay_embeddings)", "False"),
+    "optimizer.decay_embeddings": Mutant("embeddings always decay", FLAT, "(embedding and not decay_embeddings)", "False"),
     "optimizer.clip_eps": Mutant("clip_eps always 1e-6", OPTIM, "norm + self.config.clip_eps", "norm + 1e-6"),
-    "optimizer.row_bias_copies": Mutant("row biases move by lr", OPTIM, "lr * c.row_bias_copies", "lr"),
-    "optimizer.norm_copies": Mutant("all counted once", OPTIM, "(self.config.norm_copies - 1) * replicated", "0 * replicated"),
+    "optimizer.row_bias_copies": Mutant("row biases move by lr", OPTIM, "lr * self.config.row_bias_copies", "lr"),
+    "optimizer.norm_copies": Mutant("all counted once", OPTIM, "copies if mesh.part == 0", "1 if mesh.part == 0"),
 }  # fmt: skip
 MORE_MUTANTS = {
     "model.rope_table bf16": Mutant("bf16 angles formed in fp32", MODEL, "inverse_frequencies(rotary_dim, base).to(dtype)", "inverse_frequencies(rotary_dim, base).to(torch.float16 if dtype == torch.float16 else torch.float32)"),
     "model.rope_table": Mutant("fp16 is bf16", MODEL, '"fp16": torch.float16, "bf16"', '"fp16": torch.bfloat16, "bf16"'),
-    "optimizer.norm_copies": Mutant("LayerNorms counted once", OPTIM, "self.grad[self.replicated_from :]", "self.grad[self.row_biases_from :]"),
-    "optimizer.row_bias_copies": Mutant("LayerNorms move by p·lr", OPTIM, "end, cut = self.master.numel(), self.row_biases_from", "end, cut = self.master.numel(), self.replicated_from"),
-    "pythia-v1": Mutant("column biases replicated", OPTIM, "        return 3\n", "        return 2\n"),
+    "optimizer.norm_copies": Mutant("LayerNorms counted once", OPTIM, "self.own.below(self.layout.replicated_from)", "self.own.below(self.layout.row_biases_from)"),
+    "optimizer.row_bias_copies": Mutant("LayerNorms move by p·lr", OPTIM, "self.own.size, self.own.below(self.layout.row_biases_from)", "self.own.size, self.own.below(self.layout.replicated_from)"),
+    "pythia-v1": Mutant("column biases replicated", FLAT, "        return 3\n", "        return 2\n"),
 }  # fmt: skip
 
 
@@ -166,6 +166,8 @@ def test_a_mutant_that_ignores_the_switch_is_killed(
         if mutant.file == OPTIM:
             monkeypatch.setattr(real, "AdamW", module.AdamW)
             monkeypatch.setattr(real, "learning_rate", module.learning_rate)
+        elif mutant.file == FLAT:
+            monkeypatch.setattr(pythia_fast.optim, "lay_out", module.lay_out)
         else:
             monkeypatch.setattr(real, "Pythia", module.Pythia)
         follow(config, fresh_trainer(config, tmp_path), 5, loss_rtol=3e-6, state_rtol=1e-3)
@@ -256,8 +258,8 @@ def test_gradients_add_up_in_their_dtype_exactly() -> None:
 
 
 GRADIENT_MUTANTS = [
-    Mutant("gradients always fp32", OPTIM, "dtype=DTYPES[precision.gradients]", "dtype=torch.float32"),
-    Mutant("ranks summed in the gradients' dtype", OPTIM, "dtype=DTYPES[precision.gradient_sum]", "dtype=DTYPES[precision.gradients]"),
+    Mutant("gradients always fp32", OPTIM, "self.grad = self._zeros(layout.size, precision.gradients)", 'self.grad = self._zeros(layout.size, "fp32")'),
+    Mutant("ranks summed in the gradients' dtype", OPTIM, "precision.gradient_sum)", "precision.gradients)"),
     Mutant("divided before the sum", OPTIM, "self._sum.add_(self.grad)", "self._sum.add_(self.grad * 0.25)"),
     Mutant("never divided", OPTIM, "self._sum.mul_(1 / self.precision.ranks)", "self._sum"),
     Mutant("ranks run together", OPTIM, "self._first_rank, self.fresh = False, True", "self._first_rank = False"),
@@ -340,7 +342,7 @@ def test_fp16_training_follows_float64(page: Path, tmp_path: Path) -> None:
 FP16_MUTANTS = [
     Mutant("loss not divided by its factor", TRAIN, "return loss / factor, norm", "return loss, norm"),
     Mutant("loss not scaled", TRAIN, "scale = factor / (", "scale = 1.0 / ("),
-    Mutant("weights always fp32", OPTIM, "dtype = DTYPES[precision.compute]", "dtype = torch.float32"),
+    Mutant("weights always fp32", OPTIM, 'precision.compute == "fp32"', "True"),
 ]  # fmt: skip
 
 

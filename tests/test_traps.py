@@ -72,7 +72,9 @@ def test_T3_adams_count_starts_at_2_and_both_embeddings_decay() -> None:
     first = (0.1 / (1 - 0.9**2)) / math.sqrt(0.05 / (1 - 0.95**2))  # of g = m/0.1; with t = 1: 1
     weights = optimizer.views(optimizer.master)
     assert weights["embed_out.weight"].max().item() == pytest.approx(-0.5 * first, rel=1e-3)
-    decaying = {n for n, slot in optimizer.slots.items() if slot.start < optimizer.decay_until}
+    decaying = {
+        n for n, slot in optimizer.slots.items() if slot.start < optimizer.layout.decay_until
+    }
     assert {"gpt_neox.embed_in.weight", "embed_out.weight"} <= decaying
     assert decaying == {n for n, slot in optimizer.slots.items() if len(slot.shape) == 2}
 

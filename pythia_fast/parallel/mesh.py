@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -93,6 +93,16 @@ class Mesh:
 
             shape = (degrees.pipeline, degrees.data, degrees.tensor)
             self.device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+
+    @classmethod
+    def alone(cls, device: torch.device) -> Self:
+        """The mesh of a single process."""
+        return cls(Degrees(), 0, device)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the run's files and speaks for all."""
+        return self.rank == 0
 
     def group(self, axis: str) -> ProcessGroup | None:
         """The processes that differ from this one along `axis` alone."""
