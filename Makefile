@@ -12,7 +12,7 @@ RUN := runs/quickstart
 # transformers 4 beside 5: exported checkpoints must load in both
 T4 := $(VENV)/transformers-4
 
-.PHONY: train test test-all lint aot bench clean
+.PHONY: train test test-parallel test-all lint aot bench clean
 
 train: $(VENV)/.installed
 	$(BIN)/pythia-fast data quickstart --out data/quickstart
@@ -22,7 +22,11 @@ train: $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not parallel"
+
+# every layout and schedule on 2 to 8 processes; `make test` has a sample of it
+test-parallel: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel
 
 test-all: $(VENV)/.installed-dev
 	$(PYTEST)

@@ -1,0 +1,32 @@
+"""What tests of `ranks` run on every process."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+
+def total() -> tuple[int, float]:
+    """(rank, Σ of rank + 1 over all)."""
+    dist.init_process_group("gloo")
+    mine = torch.tensor(float(os.environ["RANK"]) + 1)
+    dist.all_reduce(mine)
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    return rank, mine.item()
+
+
+def one_raises(how: str) -> None:
+    """Rank 1 raises, ends or hangs while the others wait for it."""
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        if how == "raises":
+            raise ValueError("said by rank one")
+        if how == "ends":
+            os._exit(3)
+        time.sleep(60)
+    dist.all_reduce(torch.zeros(1))
+    dist.destroy_process_group()
