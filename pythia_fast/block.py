@@ -17,6 +17,10 @@ it where it lies: torch's out-of-place `addmm` would copy x there first (a pass 
 token), and neither adds a bias of its own; an epilogue of cuBLASLt that adds both is not to be had
 from torch. So one more rounding of the residual stream than its sum alone has.
 
+On P tensor-parallel processes a block holds H/P heads and 4h/P of the MLP: `both` is (M, 5h/P), the
+last product a partial sum that meets the others before x joins it, and so is what both norms hand
+back before dy joins it: one all-reduce of (M, h) each way (`parallel/tensor.py`).
+
 Backward, dy (M, h): every product's operands lie ready, the residual's gradient joins inside the
 norms' kernel, and nothing is copied by autograd, which sees x and y alone. The weights' gradients
 are added in fp32 by the products themselves, in the optimizer's flat gradient; the first microbatch
@@ -30,8 +34,10 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from pythia_fast.kernels.attention import attention_fwd
 from pythia_fast.kernels.attention_bwd import attention_bwd
@@ -42,6 +48,7 @@ from pythia_fast.kernels.linear_cross_entropy import accumulate, linear_cross_en
 from pythia_fast.kernels.parallel_residual import parallel_residual_bwd
 from pythia_fast.kernels.rotary import rotary_fwd
 from pythia_fast.model import Layer, Pythia
+from pythia_fast.parallel.tensor import vocabulary_loss
 
 
 class Sums(Protocol):
@@ -71,15 +78,22 @@ class Tensors(NamedTuple):
 class Block:
     """x (B, T, h) -> y: one layer's weights, and where their gradients add up."""
 
-    def __init__(self, layer: Layer, sums: Sums, recompute: bool) -> None:
+    def __init__(
+        self, layer: Layer, sums: Sums, recompute: bool, parts: ProcessGroup | None
+    ) -> None:
         parameters = _parameters(layer)
         self.weights = _tensors([p.detach() for p in parameters])
         self.grads = _tensors(sums.hand_over(parameters))
-        self.sums, self.recompute = sums, recompute
+        self.sums, self.recompute, self.parts = sums, recompute, parts
         self.heads = layer.attention.heads
         self.eps, self.approximate = layer.input_layernorm.eps, layer.mlp.approximate
         self.below: Block | None = None  # whose y is x, and nothing else's
         self.is_top = True  # no block sums dy on its way
+
+    @property
+    def inner(self) -> int:
+        """Columns of the context: D times the heads at hand, h on a single process."""
+        return self.weights.qkv.shape[0] // 3
 
     @property
     def norms(self) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -108,31 +122,36 @@ def block_fwd(
     x: Tensor, block: Block, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """y like x (B, T, h), and what the backward needs beside x. cos, sin (≥T, R/2)."""
-    w, h = block.weights, x.shape[-1]
+    w, inner = block.weights, block.inner
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     biases = (w.attention_out_bias, w.mlp_out_bias)
     (n1, n2), mean, rstd = layer_norm_fwd(x, block.norms, block.eps, y, biases)
 
-    both = x.new_empty(*x.shape[:-1], 5 * h)  # [ctx | gelu]
+    both = x.new_empty(*x.shape[:-1], w.out.shape[1])  # [ctx | gelu]
     qkv = torch.addmm(w.qkv_bias, _rows(n1), w.qkv.t()).view(*x.shape[:-1], block.heads, -1)
-    _, lse = attention_fwd(rotary_fwd(qkv, cos, sin), out=both[..., :h])
+    _, lse = attention_fwd(rotary_fwd(qkv, cos, sin), out=both[..., :inner])
     u = torch.mm(_rows(n2), w.mlp.t())
-    gelu_fwd(u, w.mlp_bias, block.approximate, out=_rows(both)[:, h:])
+    gelu_fwd(u, w.mlp_bias, block.approximate, out=_rows(both)[:, inner:])
 
-    _rows(y).addmm_(_rows(both), w.out.t())
+    if block.parts is None:
+        _rows(y).addmm_(_rows(both), w.out.t())
+    else:
+        partial = torch.mm(_rows(both), w.out.t())
+        dist.all_reduce(partial, group=block.parts)
+        _rows(y).add_(partial)
     kept = (mean, rstd, qkv, lse, u)
     if block.recompute:
-        return y, (*kept, both[..., :h].clone(memory_format=torch.contiguous_format))
+        return y, (*kept, both[..., :inner].clone(memory_format=torch.contiguous_format))
     return y, (*kept, n1, n2, both)
 
 
 def made_again(block: Block, x: Tensor, u: Tensor, ctx: Tensor) -> tuple[Tensor, ...]:
     """(n1, n2, both) from what a block keeps under `recompute`."""
-    h = x.shape[-1]
+    w, inner = block.weights, block.inner
     (n1, n2), _, _ = layer_norm_fwd(x, block.norms, block.eps)
-    both = x.new_empty(*x.shape[:-1], 5 * h)
-    both[..., :h].copy_(ctx)
-    gelu_fwd(u, block.weights.mlp_bias, block.approximate, out=_rows(both)[:, h:])
+    both = x.new_empty(*x.shape[:-1], w.out.shape[1])
+    both[..., :inner].copy_(ctx)
+    gelu_fwd(u, w.mlp_bias, block.approximate, out=_rows(both)[:, inner:])
     return n1, n2, both
 
 
@@ -142,25 +161,22 @@ def block_bwd(
     mean: Tensor, rstd: Tensor, qkv: Tensor, lse: Tensor, u: Tensor, *made: Tensor,
 ) -> Tensor:  # fmt: skip
     """dx, contiguous like x; the gradients of the weights go to block.grads."""
-    w, g, h, add = block.weights, block.grads, x.shape[-1], not block.sums.fresh
+    w, g, inner, add = block.weights, block.grads, block.inner, not block.sums.fresh
     n1, n2, both = made_again(block, x, u, *made) if block.recompute else made
     d_both = torch.mm(_rows(dy), w.out).view(both.shape)  # [d ctx | d gelu]
     accumulate(g.out, _rows(dy).t(), _rows(both), add)
 
-    d_gelu = _rows(d_both)[:, h:]
+    d_gelu = _rows(d_both)[:, inner:]
     du, d_mlp_bias = gelu_bwd(u, w.mlp_bias, d_gelu, block.approximate, torch.float32)
     accumulate(g.mlp, du.t(), _rows(n2), add)
     d_n2 = torch.mm(du, w.mlp).view(x.shape)
 
-    d_ctx = d_both[..., :h]
-    d_qkv = attention_bwd(qkv, both[..., :h], lse, d_ctx, cos, sin).view(-1, 3 * h)
+    d_ctx = d_both[..., :inner]
+    d_qkv = attention_bwd(qkv, both[..., :inner], lse, d_ctx, cos, sin).view(-1, 3 * inner)
     accumulate(g.qkv, d_qkv.t(), _rows(n1), add)
     d_n1 = torch.mm(d_qkv, w.qkv).view(x.shape)
 
-    weights = (w.norm1, w.norm2)
-    dx, (*d_norms, d_below) = layer_norm_bwd(
-        x, dy, (d_n1, d_n2), weights, mean, rstd, sum_dx=True, sums_dtype=torch.float32
-    )
+    dx, d_norms, d_below = norms_bwd(x, dy, (d_n1, d_n2), block, mean, rstd)
     totals = [g.norm1, g.norm1_bias, g.norm2, g.norm2_bias, g.qkv_bias, g.mlp_bias]
     vectors = [*d_norms, d_qkv.sum(0, dtype=torch.float32), d_mlp_bias]
     if block.is_top:
@@ -173,15 +189,38 @@ def block_bwd(
     return dx
 
 
+def norms_bwd(
+    x: Tensor, dy: Tensor, d_norms: tuple[Tensor, Tensor], block: Block, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """dx, gradients of both norms' weights and biases, and Σ_rows dx; the vectors (h,) in fp32."""
+    weights = (block.weights.norm1, block.weights.norm2)
+    if block.parts is None:
+        dx, (*vectors, d_below) = layer_norm_bwd(
+            x, dy, d_norms, weights, mean, rstd, sum_dx=True, sums_dtype=torch.float32
+        )
+        return dx, vectors, d_below
+    dx, vectors = layer_norm_bwd(x, None, d_norms, weights, mean, rstd, sums_dtype=torch.float32)
+    dist.all_reduce(dx, group=block.parts)
+    dx += dy
+    return dx, list(vectors), parallel_residual_bwd(dx, torch.float32)
+
+
 class Fused:
     """A model's blocks and its head where the kernels run them and gradients add up in fp32."""
 
-    def __init__(self, model: Pythia, sums: Sums, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        model: Pythia,
+        sums: Sums,
+        recompute: bool = False,
+        parts: ProcessGroup | None = None,
+    ) -> None:
+        """parts: the tensor-parallel processes; None: this one has whole layers."""
         layers = cast(Iterable[Layer], model.gpt_neox.layers)
-        self.blocks = [Block(layer, sums, recompute) for layer in layers]
+        self.blocks = [Block(layer, sums, recompute, parts) for layer in layers]
         for below, above in zip(self.blocks, self.blocks[1:], strict=False):
             above.below, below.is_top = below, False
-        self.sums, self.head = sums, model.embed_out.weight
+        self.sums, self.head, self.ops, self.parts = sums, model.embed_out.weight, model.ops, parts
         (self.head_grad,) = sums.hand_over([self.head])
 
     def loss(self, x: Tensor, targets: Tensor, scale: float | None) -> Tensor:
@@ -191,9 +230,35 @@ class Fused:
         is added here, before the backward pass: call it with grad enabled only to run that pass,
         with a gradient of 1.
         """
-        return linear_cross_entropy(
-            x, self.head, targets, scale, None, self.head_grad, add=not self.sums.fresh
-        )
+        add = not self.sums.fresh
+        if self.parts is None:
+            return linear_cross_entropy(x, self.head, targets, scale, None, self.head_grad, add=add)
+        return VocabularyHead.apply(x, self, targets, scale, add)
+
+
+class VocabularyHead(torch.autograd.Function):
+    """`linear_cross_entropy` with V/P rows of the head; dx is this process's part of a sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, fused: Fused, targets: Tensor, scale: float | None, add: bool
+    ) -> Tensor:
+        assert fused.parts is not None
+        scale = 1.0 / max(targets.numel(), 1) if scale is None else scale
+        logits = torch.mm(x, fused.head.t())  # (M, V/P)
+        losses, lse = vocabulary_loss(logits, targets, scale, fused.ops, fused.parts)
+        if ctx.needs_input_grad[0]:
+            start = fused.parts.rank() * logits.shape[1]
+            fused.ops.cross_entropy_grad_(logits, targets, lse, scale, start)
+            accumulate(fused.head_grad, logits.t(), x, add)
+            ctx.save_for_backward(torch.mm(logits, fused.head))
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        (dx,) = ctx.saved_tensors
+        return dx.mul_(torch.where(dloss == 1, dloss, torch.nan)), None, None, None, None
 
 
 def takes(head_dim: int, rotary_dim: int, dtype: torch.dtype) -> bool:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,18 @@ from pythia_fast.config import Config, flatten, to_toml
 from pythia_fast.data.build import load_tokenizer
 from pythia_fast.data.commands import rows_from, valid_rows_from
 from pythia_fast.data.files import publish
-from pythia_fast.data.loader import RUNNING_START, Loader, read_batch
+from pythia_fast.data.loader import RUNNING_START, Loader, Share, read_batch
 from pythia_fast.errors import CheckError, InputError
 from pythia_fast.explain import differences
 from pythia_fast.graph import Compute, graphed
-from pythia_fast.metrics import StepLog, Trackers, read_steps, require_trackers
-from pythia_fast.model import Pythia, initialise
+from pythia_fast.journal import Journal
+from pythia_fast.metrics import read_steps, require_trackers
+from pythia_fast.model import Pythia, initial_weights
 from pythia_fast.ops import select
 from pythia_fast.optim import AdamW, learning_rate
-from pythia_fast.progress import TrainProgress, say
+from pythia_fast.parallel.mesh import Mesh, joined, local_device
+from pythia_fast.parallel.tensor import local_part, localise, tensor_ops
+from pythia_fast.progress import say
 
 
 class Stopped(Exception):
@@ -48,17 +50,24 @@ class Stopped(Exception):
 class Trainer:
     """Model, optimizer and data of one run. The caller holds the run's lock."""
 
-    def __init__(self, config: Config, run: Path) -> None:
+    def __init__(self, config: Config, run: Path, mesh: Mesh | None = None) -> None:
+        """mesh: this process among others; None: it is alone."""
         c = self.config = config
         self.run_dir = run
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.mesh = mesh or Mesh.alone(local_device())
+        self.device = self.mesh.device
         if self.device.type == "cpu":
             _keep_freed_memory()
         ops = select(c.kernels.backend, self.device, c.kernels.deterministic)
         self.rows = rows_from(c)
         self.valid_tokens = _valid_tokens(c)
         self.model = Pythia(c.model, ops)
-        self.optimizer = AdamW(self.model, c.optimizer, c.precision, ops, self.device)
+        if (parts := self.mesh.group("tensor")) is not None:
+            self.model = Pythia(c.model, tensor_ops(ops, parts, c.parallel.sequence))
+            localise(self.model, self.mesh.degrees.tensor)
+        self.optimizer = AdamW(
+            self.model, c.optimizer, c.precision, ops, self.device, self.mesh, c.parallel
+        )
         self._fuse()
         self.compute: Compute = self._on_device
         if c.kernels.graph:
@@ -72,6 +81,7 @@ class Trainer:
         """Gives the model its fused blocks and head: on the kernels, with gradients added in fp32.
 
         Not where gradients may differ run to run: attention is then torch's where that is faster.
+        Nor where the residual stream is split by positions.
         """
         c, model = self.config, self.model
         sums_in_fp32 = c.precision.gradients == "fp32"
@@ -79,17 +89,20 @@ class Trainer:
             return
         from pythia_fast import block  # triton, which not every platform has
 
+        if c.parallel.sequence:
+            return
         if block.takes(c.model.head_dim, c.model.rotary_dim, model.embed_out.weight.dtype):
             recompute = c.kernels.recompute == "selective"
-            model.fused = block.Fused(model, self.optimizer, recompute)
+            model.fused = block.Fused(model, self.optimizer, recompute, self.mesh.group("tensor"))
 
     # --- the step ---
 
     def train_step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """One optimizer step on tokens (batch_size, T + 1) int64, pinned or on the device.
+        """One optimizer step on tokens (batch_size / data, T + 1) int64, pinned or on the device.
 
-        Returns the mean loss (nats a token) and the gradient norm before clipping, on the device,
-        where the next step overwrites them. The host's part: what changes from step to step.
+        Returns the mean loss of all processes' rows (nats a token) and the gradient norm before
+        clipping, on the device, where the next step overwrites them. The host's part: what changes
+        from step to step.
         """
         c, optimizer = self.config, self.optimizer
         counts_updates = c.optimizer.schedule_counts == "updates"
@@ -108,17 +121,17 @@ class Trainer:
         c, optimizer = self.config, self.optimizer
         tokens = tokens.to(self.device, non_blocking=True)
         factor = optimizer.loss_factor  # of the loss before backward
-        scale = factor / (tokens.shape[0] * (tokens.shape[1] - 1))  # factor / positions of the step
+        positions = tokens[:, 1:].numel() * self.mesh.degrees.data  # of the step
         loss = torch.zeros((), device=self.device)
         for share in rank_shares(tokens, c):
             for rows in share.split(c.train.micro_batch_size):
-                micro_loss = self.model.loss(rows, scale)
+                micro_loss = self.model.loss(rows, factor / positions)
                 micro_loss.backward()
                 optimizer.accumulate()
                 loss += micro_loss.detach()
             optimizer.end_rank()
         norm = optimizer.apply()
-        return loss / factor, norm
+        return self.mesh.sum_(loss, "data") / factor, norm
 
     def _obstacle(self) -> str | None:
         """Why a step here cannot be recorded."""
@@ -137,7 +150,9 @@ class Trainer:
         tokens = self._staged(self.valid_tokens).to(self.device, non_blocking=True)
         scale = 1.0 / (tokens.shape[0] * (tokens.shape[1] - 1))
         rows = tokens.split(self.config.train.micro_batch_size)
-        return float(sum(self.model.loss(r, scale).item() for r in rows))
+        mine = rows[self.mesh.copy :: self.mesh.degrees.data]
+        total = sum((self.model.loss(r, scale) for r in mine), torch.zeros((), device=self.device))
+        return self.mesh.sum_(total, "data").item()
 
     # --- the loop ---
 
@@ -145,32 +160,31 @@ class Trainer:
         """Trains to the last step and returns the last row of metrics.jsonl."""
         c = self.config
         running = self._load_newest()
-        with publish(self.run_dir / "config.toml") as page:
-            page.write(to_toml(c).encode())
+        if self.mesh.main:
+            with publish(self.run_dir / "config.toml") as page:
+                page.write(to_toml(c).encode())
         with ExitStack() as stack:
             arrived = stack.enter_context(_signals())
-            self.book = stack.enter_context(
-                closing(ledger.Ledger(self.run_dir, self.step, running, self.first_step))
+            self.journal = stack.enter_context(
+                Journal(c, self.run_dir, self.step, running, self.first_step, self.mesh.main)
             )
-            metrics_path = self.run_dir / "metrics.jsonl"
-            self.metrics = stack.enter_context(closing(StepLog(metrics_path, self.step + 1)))
-            trackers = stack.enter_context(closing(Trackers(c, self.run_dir)))
             if 0 in self.permanent and checkpoint.newest(self.run_dir) is None:
                 self._save()
             loader = Loader(
-                self.rows, c.train.batch_size, self.step, c.train.steps, c.model.vocab_size
-            )
+                self.rows, c.train.batch_size, self.step, c.train.steps, c.model.vocab_size,
+                share=self._share(),
+            )  # fmt: skip
             stack.enter_context(closing(loader))
-            progress = stack.enter_context(TrainProgress(c.train.steps, self.step))
             clock = _Clock(c.tokens_per_step)
             for batch in loader:
                 try:
                     loss, norm = self.train_step(self._staged(batch.tokens))
                 except CheckError as error:  # loss scaling gave up
                     raise self._end(str(error)) from None
-                self.book.append(batch)
+                self.journal.trained(batch)
                 clock.tick()
-                stop = arrived[0] if arrived else None  # read once: a later one ends the next step
+                # agreed upon once a step: a signal that arrives later ends the next step
+                stop = self.mesh.largest(arrived[0] if arrived else 0)
                 save = self.step in self.permanent or self._every(c.checkpoint.every) or stop
                 valid = self.valid_tokens is not None and self._due(c.train.valid_every)
                 log = valid or self._due(c.log.every)
@@ -180,9 +194,7 @@ class Trainer:
                     row = self._row(loss.item(), norm.item(), clock.rate())
                     if valid:
                         row["valid_loss"] = self.validate()
-                    self.metrics.append(row)
-                    trackers.log(row)
-                    progress.update(row)
+                    self.journal.log(row)
                 if save:
                     self._save()
                 if save or valid:
@@ -190,6 +202,14 @@ class Trainer:
                 if stop:
                     raise Stopped(stop, self.step)
         return self._last_row()
+
+    def _share(self) -> Share | None:
+        """The rows of a step that are this process's own; None: all."""
+        copies = self.mesh.degrees.data
+        if copies == 1:
+            return None
+        b = self.config.train.micro_batch_size
+        return Share(b, copies, self.mesh.copy, ledger=self.mesh.main)
 
     def _every(self, steps: int) -> bool:
         return steps > 0 and self.step % steps == 0
@@ -242,8 +262,7 @@ class Trainer:
         checkpoint.clean(self.run_dir)
         step = checkpoint.newest(self.run_dir)
         if step is None:
-            initialise(self.model, self.config.train.seed)
-            self.optimizer.sync_weights(from_model=True)
+            self._initialise()
             return RUNNING_START
         path = checkpoint.directory(self.run_dir, step)
         try:
@@ -270,13 +289,22 @@ class Trainer:
         ledger.verify(self.run_dir, self.rows, self.config.train.batch_size, steps)
         return str(manifest["ledger"])
 
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Draws the initial weights, the same on any layout: each process keeps its part."""
+        parameters = dict(self.model.named_parameters())
+        parts, part = self.mesh.degrees.tensor, self.mesh.part
+        for name, drawn in initial_weights(self.config.model, self.config.train.seed):
+            if name in parameters:
+                parameters[name].copy_(local_part(name, drawn, parts, part))
+        self.optimizer.sync_weights(from_model=True)
+
     def _save(self) -> None:
-        self.book.sync()
-        self.metrics.sync()
+        self.journal.sync()
         extra = {
             "config": flatten(self.config),
             "tokens": self.step * self.config.tokens_per_step,
-            "ledger": self.book.running,
+            "ledger": self.journal.running,
             "data_files": ledger.files_state(self.config.data.prefix),
             "updates": self.optimizer.updates,
             "first_step": self.first_step,
@@ -359,15 +387,15 @@ def train(config: Config, run: Path) -> dict[str, Any]:
     Returns the last row of metrics.jsonl. Raises InputError, CheckError (a loss that is not
     finite) or Stopped.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("training on several processes is not there yet: start a single one")
     if config.data.tokenizer:  # refused now, not after the last step
         load_tokenizer(config.data.tokenizer, config.model.vocab_size)
     require_trackers(config)
-    for line in differences(config):
-        say(f"differs from the published recipe: {line}")
-    with checkpoint.RunLock(run):
-        return Trainer(config, run).run()
+    with joined(config) as mesh:
+        if mesh.main:
+            for line in differences(config):
+                say(f"differs from the published recipe: {line}")
+        with checkpoint.RunLock(run) if mesh.main else nullcontext():
+            return Trainer(config, run, mesh).run()
 
 
 # what an imported model computes; its activation and rotary table are the trainer's choice, because

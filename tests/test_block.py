@@ -126,10 +126,10 @@ def test_block_equals_float64(hidden: int, form: str, dtype: torch.dtype) -> Non
 
 FILE = "pythia_fast/block.py"
 BLOCK_MUTANTS = [
-    Mutant("residual gradient lost", FILE, "        x, dy, (d_n1, d_n2), weights", "        x, None, (d_n1, d_n2), weights"),
+    Mutant("residual gradient lost", FILE, "            x, dy, d_norms, weights", "            x, None, d_norms, weights"),
     Mutant("residual lost", FILE, "_rows(y).addmm_(_rows(both), w.out.t())", "_rows(y).addmm_(_rows(both), w.out.t(), beta=0)"),
     Mutant("halves of [Wo W2] swapped", FILE, "_make([*first, joined(dense, mlp_out),", "_make([*first, joined(dense, mlp_out).roll(-dense.shape[1], 1),"),
-    Mutant("gradients' halves swapped", FILE, "d_gelu = _rows(d_both)[:, h:]", "d_gelu = _rows(d_both)[:, :-h]"),
+    Mutant("gradients' halves swapped", FILE, "d_gelu = _rows(d_both)[:, inner:]", "d_gelu = _rows(d_both)[:, :-inner]"),
     Mutant("bias twice", FILE, "_rows(y).addmm_(", "_rows(y.add_(w.mlp_out_bias)).addmm_("),
     Mutant("MLP bias in the product too", FILE, "u = torch.mm(_rows(n2), w.mlp.t())", "u = torch.addmm(w.mlp_bias, _rows(n2), w.mlp.t())"),
     Mutant("norms feed the wrong branches", FILE, "(n1, n2), mean, rstd = layer", "(n2, n1), mean, rstd = layer"),
@@ -139,7 +139,7 @@ BLOCK_MUTANTS = [
     Mutant("keys not turned back", FILE, "lse, d_ctx, cos, sin).view", "lse, d_ctx).view"),
     Mutant("top's bias gradient from below", FILE, "above.below, below.is_top = below, False", "above.below, below.is_top = above, False"),
     Mutant("bias gradients of the block itself", FILE, "[block.below.grads.attention_out_bias, block.below", "[block.grads.attention_out_bias, block.below"),
-    Mutant("wrong GELU", FILE, "w.mlp_bias, block.approximate, out=", "w.mlp_bias, \"none\", out="),
+    Mutant("wrong GELU", FILE, "    gelu_fwd(u, w.mlp_bias, block.approximate, out=_rows(both)[:, inner:])\n\n    if", "    gelu_fwd(u, w.mlp_bias, \"none\", out=_rows(both)[:, inner:])\n\n    if"),
 ]  # fmt: skip
 
 

@@ -114,7 +114,7 @@ MUTANTS = [
     Mutant("rate and t baked in", TRAIN, "norm = optimizer.apply()", "optimizer.begin(self.lr); optimizer.updates -= 1; norm = optimizer.apply()"),
     Mutant("rate written once", TRAIN, "optimizer.begin(self.lr)", "optimizer.begin(self.lr if self.step < 3 else 0.0)"),
     Mutant("t stands still", "pythia_fast/optim.py", "t = float(self.updates +", "t = float(min(self.updates, 3) +"),
-    Mutant("a value read back", TRAIN, "return loss / factor, norm", "return loss / factor, norm + 0 * norm.item()"),
+    Mutant("a value read back", TRAIN, "/ factor, norm\n", "/ factor, norm + 0 * norm.item()\n"),
 ]  # fmt: skip
 
 

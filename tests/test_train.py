@@ -79,7 +79,7 @@ def test_microbatches_do_not_change_the_step(straight: tuple[Path, Path], tmp_pa
 
 
 STEP_MUTANTS = [
-    Mutant("microbatches each count as a step", "pythia_fast/train.py", "factor / (tokens.shape[0] *", "factor / (c.train.micro_batch_size *"),
+    Mutant("microbatches each count as a step", "pythia_fast/train.py", "positions = tokens[:, 1:].numel()", "positions = tokens[: c.train.micro_batch_size, 1:].numel()"),
     Mutant("only the last microbatch counts", "pythia_fast/train.py", "optimizer.accumulate()\n", "optimizer.fresh = True; optimizer.accumulate()\n"),
     Mutant("learning rate one step ahead", "pythia_fast/train.py", "learning_rate(c.optimizer, count, c.train.steps)", "learning_rate(c.optimizer, count + 1, c.train.steps)"),
     Mutant("optimizer state not loaded", "pythia_fast/train.py", "self.optimizer.resume_at(", "self.optimizer.exp_avg.zero_(); self.optimizer.resume_at("),

@@ -33,10 +33,30 @@ def running_digest(previous: str, digest: str) -> str:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one of several data-parallel processes trains on: its microbatches of a step, in order.
+
+    With D processes of b rows a microbatch, microbatch m of process d is rows [m·D·b + d·b, + b).
+    Source: GPT-NeoX v1.0 samplers.py:127-165. The process that keeps the ledger reads all rows.
+    """
+
+    micro_batch_size: int
+    copies: int
+    copy: int
+    ledger: bool
+
+    def ranges(self, batch_size: int) -> list[slice]:
+        b = self.micro_batch_size
+        starts = range(self.copy * b, batch_size, self.copies * b)
+        return [slice(start, start + b) for start in starts]
+
+
+@dataclass(frozen=True)
 class Batch:
     """What step `step` trains on: rows first_row to last_row, both included.
 
-    tokens [rows, seq_len + 1], ids in the dtype of the file.
+    tokens [rows, seq_len + 1], ids in the dtype of the file: this process's share of them. digest:
+    of all rows, "" on a process that does not keep the ledger.
     """
 
     step: int
@@ -46,17 +66,30 @@ class Batch:
     digest: str
 
 
-def read_batch(rows: Rows, step: int, batch_size: int, vocab_size: int) -> Batch:
+def read_batch(
+    rows: Rows, step: int, batch_size: int, vocab_size: int, share: Share | None = None
+) -> Batch:
     """The batch of one step. Raises InputError naming the first id outside the vocabulary."""
     first, last = batch_size * step, batch_size * (step + 1)
-    tokens = rows.tokens(first, last)
+    ranges = [slice(0, batch_size)] if share is None else share.ranges(batch_size)
+    if share is None or share.ledger:
+        whole = rows.tokens(first, last)
+        _check_ids(whole, vocab_size, step, first)
+        tokens = whole if share is None else np.concatenate([whole[r] for r in ranges])
+        return Batch(step, tokens, first, last - 1, batch_digest(whole))
+    parts = [rows.tokens(first + r.start, first + r.stop) for r in ranges]
+    for part, r in zip(parts, ranges, strict=True):
+        _check_ids(part, vocab_size, step, first + r.start)
+    return Batch(step, np.concatenate(parts), first, last - 1, "")
+
+
+def _check_ids(tokens: Tokens, vocab_size: int, step: int, first: int) -> None:
     if tokens.size and (int(tokens.max()) >= vocab_size or int(tokens.min()) < 0):
         row, position = np.argwhere((tokens >= vocab_size) | (tokens < 0))[0]
         raise InputError(
             f"step {step}, row {first + row}, position {position}: token id"
             f" {tokens[row, position]} is outside the vocabulary of {vocab_size}"
         )
-    return Batch(step, tokens, first, last - 1, batch_digest(tokens))
 
 
 class Loader:
@@ -74,11 +107,12 @@ class Loader:
         last_step: int,
         vocab_size: int,
         depth: int = 4,
+        share: Share | None = None,
     ) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._batches = ahead(
             self._pool,
-            lambda step: read_batch(rows, step, batch_size, vocab_size),
+            lambda step: read_batch(rows, step, batch_size, vocab_size, share),
             range(first_step, last_step),
             depth,
         )

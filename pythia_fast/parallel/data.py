@@ -68,13 +68,3 @@ class Ownership:
         """flat ← every process's own."""
         for part, bucket in zip(self.of_own(own), self.buckets, strict=True):
             dist.all_gather_into_tensor(flat[bucket], part, group=group)
-
-
-def share(batch_size: int, micro: int, copies: int, copy: int) -> list[slice]:
-    """The rows of a step that one process trains on, a microbatch each, in its order.
-
-    With D processes of b rows a microbatch, microbatch m of process d is rows [m·D·b + d·b, + b).
-    Source: GPT-NeoX v1.0 samplers.py:127-165.
-    """
-    starts = range(copy * micro, batch_size, copies * micro)
-    return [slice(start, start + micro) for start in starts]

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from pythia_fast.config import Config
 from pythia_fast.errors import InputError
@@ -88,9 +90,11 @@ class Mesh:
         self.degrees, self.rank, self.device = degrees, rank, device
         self.stage, self.copy, self.part = degrees.coordinates(rank)
         self.device_mesh: DeviceMesh | None = None
+        self.control: ProcessGroup | None = None  # of all, on CPUs: nothing on a GPU waits for it
         if degrees.world > 1:
             from torch.distributed.device_mesh import init_device_mesh
 
+            self.control = dist.new_group(backend="gloo")
             shape = (degrees.pipeline, degrees.data, degrees.tensor)
             self.device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
 
@@ -103,6 +107,21 @@ class Mesh:
     def main(self) -> bool:
         """Whether this process writes the run's files and speaks for all."""
         return self.rank == 0
+
+    def largest(self, value: int) -> int:
+        """The largest of all processes' values; the host waits, a GPU does not."""
+        if self.control is None:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.control)
+        return int(found)
+
+    def sum_(self, total: Tensor, axis: str) -> Tensor:
+        """total ← its sum along an axis; returns it."""
+        group = self.group(axis)
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        return total
 
     def group(self, axis: str) -> ProcessGroup | None:
         """The processes that differ from this one along `axis` alone."""
@@ -117,6 +136,15 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_device() -> torch.device:
+    """The GPU of this process, by its number on the host; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
 @contextmanager
 def joined(c: Config) -> Iterator[Mesh]:
     """Joins the processes of this launch (gloo on CPUs, NCCL on GPUs) and leaves them at the end.
@@ -124,16 +152,10 @@ def joined(c: Config) -> Iterator[Mesh]:
     Degrees are checked before anything is joined. Raises InputError on every process alike.
     """
     found = degrees(c, world_size())
-    rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+    rank, device = int(os.environ.get("RANK", "0")), local_device()
     if found.world == 1:
         yield Mesh(found, 0, device)
         return
-    import torch.distributed as dist
-
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Mesh(found, rank, device)
