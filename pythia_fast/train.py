@@ -334,7 +334,7 @@ def rank_shares(tokens: Tensor, c: Config) -> Tensor:
     With R ranks of b rows a microbatch, microbatch m of rank r is rows [m·R·b + r·b, + b) of the
     step. Source: GPT-NeoX v1.0 samplers.py:127-165.
     """
-    micro = (c.accumulation, c.precision.ranks, c.train.micro_batch_size)
+    micro = (-1, c.precision.ranks, c.train.micro_batch_size)
     return tokens.unflatten(0, micro).transpose(0, 1).flatten(1, 2)
 
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from pythia_fast.parallel.mesh import all_gather, reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Ownership:
     def reduce(self, own: Tensor, flat: Tensor, group: ProcessGroup) -> None:
         """own ← the sum over processes of its pieces of flat."""
         for part, bucket in zip(self.of_own(own), self.buckets, strict=True):
-            dist.reduce_scatter_tensor(part, flat[bucket], group=group)
+            reduce_scatter(part, flat[bucket], group=group)
 
     def gather(self, flat: Tensor, own: Tensor, group: ProcessGroup) -> None:
         """flat ← every process's own."""
         for part, bucket in zip(self.of_own(own), self.buckets, strict=True):
-            dist.all_gather_into_tensor(flat[bucket], part, group=group)
+            all_gather(flat[bucket], part, group=group)

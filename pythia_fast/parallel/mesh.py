@@ -24,6 +24,10 @@ from pythia_fast.errors import InputError
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
 
+# torch 2.13 gave them new names and calls the old ones deprecated
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 AXES = ("pipeline", "data", "tensor")
 
 

@@ -34,6 +34,7 @@ from torch.distributed import ProcessGroup
 
 from pythia_fast.model import Attention
 from pythia_fast.ops import Ops
+from pythia_fast.parallel.mesh import all_gather, reduce_scatter
 
 _ROWS = (
     "embed_in.weight", "embed_out.weight", "query_key_value.weight", "query_key_value.bias",
@@ -135,16 +136,21 @@ class Scatter(torch.autograd.Function):
 
 
 def _gathered(x: Tensor, group: ProcessGroup) -> Tensor:
-    parts = x.new_empty(group.size(), *x.shape)
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
-    return parts.transpose(0, 1).flatten(1, 2)  # (P, B, T/P, h) -> (B, T, h)
+    return _all(x.contiguous(), group).transpose(0, 1).flatten(1, 2)  # (P, B, T/P, h)
 
 
 def _scattered(x: Tensor, group: ProcessGroup) -> Tensor:
     parts = x.unflatten(_LENGTH, (group.size(), -1)).transpose(0, 1).contiguous()
     own = parts.new_empty(parts.shape[1:])
-    dist.reduce_scatter_tensor(own, parts, group=group)
+    reduce_scatter(own, parts.flatten(0, 1), group=group)
     return own
+
+
+def _all(x: Tensor, group: ProcessGroup) -> Tensor:
+    """(P, ...) of every process's x."""
+    parts = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    all_gather(parts, x, group=group)
+    return parts.unflatten(0, (group.size(), -1))
 
 
 # --- ops ------------------------------------------------------------------------------------------
@@ -237,7 +243,6 @@ def vocabulary_loss(
     stats = torch.stack(
         ops.cross_entropy_stats(logits, targets, group.rank() * logits.shape[1])
     )  # (3, M)
-    parts = stats.new_empty(group.size(), *stats.shape)
-    dist.all_gather_into_tensor(parts, stats, group=group)
+    parts = _all(stats, group)
     row_max, row_sum, row_target = (parts[:, i].contiguous() for i in range(3))
     return ops.cross_entropy_combine(row_max, row_sum, row_target, scale)

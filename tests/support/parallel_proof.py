@@ -1,0 +1,63 @@
+"""What tests of parallel training run on every process, and how its results are compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.distributed.tensor.debug import CommDebugMode
+
+from pythia_fast.config import Config, load
+from pythia_fast.data.loader import read_batch
+from pythia_fast.parallel.mesh import Mesh, joined
+from pythia_fast.train import Trainer
+
+
+def trainer_at_start(config: Config, mesh: Mesh, run: Path) -> Trainer:
+    trainer = Trainer(config, run, mesh)
+    trainer._initialise()
+    return trainer
+
+
+def step(trainer: Trainer, number: int) -> tuple[float, float]:
+    """(loss, gradient norm) of one step on its batch."""
+    c = trainer.config
+    batch = read_batch(
+        trainer.rows, number, c.train.batch_size, c.model.vocab_size, trainer._share()
+    )
+    loss, norm = trainer.train_step(trainer._staged(batch.tokens))
+    return loss.item(), norm.item()
+
+
+def follow(page: str, flags: list[str], steps: int) -> dict[str, Any]:
+    """Losses, gradient norms, weights after `steps` steps, and this process's place."""
+    config = load(page, flags)
+    with joined(config) as mesh:
+        trainer = trainer_at_start(config, mesh, Path(page).parent / "run")
+        found = [step(trainer, i) for i in range(steps)]
+        weights = {
+            name: p.detach().float().numpy().copy() for name, p in trainer.model.named_parameters()
+        }
+        valid = trainer.validate()
+        place = {
+            "part": mesh.part,
+            "parts": mesh.degrees.tensor,
+            "fused": trainer.model.fused is not None,
+        }
+        return {"steps": np.array(found), "weights": weights, "valid": valid, **place}
+
+
+def collectives(page: str, flags: list[str]) -> dict[str, int]:
+    """How often each collective runs in the second step."""
+    config = load(page, flags)
+    with joined(config) as mesh:
+        trainer = trainer_at_start(config, mesh, Path(page).parent / "run")
+        step(trainer, 0)
+        counted = CommDebugMode()
+        modules = counted.advanced_module_tracker  # by module it loses count at a second microbatch
+        modules.__enter__, modules.__exit__ = lambda: None, lambda *_: None
+        modules.module_parents_dict[""] = set()
+        with counted:
+            step(trainer, 1)
+        return {str(op): n for op, n in counted.get_comm_counts().items() if n}
