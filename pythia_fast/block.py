@@ -1,4 +1,4 @@
-"""One parallel block as one autograd function on the kernels, and the head's product with its loss.
+"""One parallel block as one autograd function on the kernels, the embedding below, the head above.
 
     n1, n2 = LN₁ x, LN₂ x            both norms of the same x in one pass (mean, rstd)
     qkv    = n1 Wqkvᵀ + bqkv         q and k turned in place
@@ -30,12 +30,14 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pythia_fast.kernels.attention import attention_fwd
 from pythia_fast.kernels.attention_bwd import attention_bwd
 from pythia_fast.kernels.attention_tiles import DTYPES, HEAD_DIMS, turns
+from pythia_fast.kernels.embedding import embedding_grad_
 from pythia_fast.kernels.gelu import gelu_bwd, gelu_fwd
 from pythia_fast.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
 from pythia_fast.kernels.linear_cross_entropy import accumulate, linear_cross_entropy
@@ -173,8 +175,22 @@ def block_bwd(
     return dx
 
 
+class EmbeddingFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor, fused: Fused) -> Tensor:
+        ctx.fused = fused
+        ctx.save_for_backward(tokens)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[None, None, None]:
+        embedding_grad_(ctx.fused.embedding_grad, dx, *ctx.saved_tensors, not ctx.fused.sums.fresh)
+        return None, None, None
+
+
 class Fused:
-    """A model's blocks and its head where the kernels run them and gradients add up in fp32."""
+    """A model's embedding, blocks and head where kernels run them and add up their gradients."""
 
     def __init__(self, model: Pythia, sums: Sums, recompute: bool = False) -> None:
         layers = cast(Iterable[Layer], model.gpt_neox.layers)
@@ -182,7 +198,12 @@ class Fused:
         for below, above in zip(self.blocks, self.blocks[1:], strict=False):
             above.below, below.is_top = below, False
         self.sums, self.head = sums, model.embed_out.weight
-        (self.head_grad,) = sums.hand_over([self.head])
+        self.embedding = model.gpt_neox.embed_in.weight
+        self.embedding_grad, self.head_grad = sums.hand_over([self.embedding, self.head])
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """x (B, T, h) of tokens (B, T) int64."""
+        return cast(Tensor, EmbeddingFunction.apply(self.embedding, tokens, self))
 
     def loss(self, x: Tensor, targets: Tensor, scale: float | None) -> Tensor:
         """scale·Σ of the rows' losses, or the mean; x (M, h), targets (M,) int64.
