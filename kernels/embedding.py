@@ -86,7 +86,7 @@ def _embedding_runs_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds up the run that begins in chunk program_id(0) and goes on after it, where there is one."""
+    """Adds up the run that begins in chunk program_id(0) and goes on after it, if there is one."""
     i_chunk = tl.program_id(0).to(tl.int64)
     i_start, i_after = i_chunk * CHUNK, (i_chunk + 1) * CHUNK
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
