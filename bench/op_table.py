@@ -116,6 +116,16 @@ def _head(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
     }
 
 
+def _embedding(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    """Ids as text has them: the k-th most frequent about 1/k of the time."""
+    uniform = torch.special.ndtr(draw(s.rows, dtype=torch.float32))
+    return {
+        "grad": draw(s.vocab, s.hidden, dtype=torch.float32),
+        "dy": draw(s.rows, s.hidden, dtype=dtype),
+        "ids": (s.vocab**uniform).long().sub_(1).clamp_(0, s.vocab - 1),
+    }
+
+
 def _flat(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
     """State after some steps: v near g², weights of a few per cent."""
 
@@ -338,6 +348,16 @@ OPS: tuple[Op, ...] = (
         differentiable=("x", "weight"),
         flops={"both": lambda s, _: 6.0 * s.rows * s.hidden * s.vocab},
         products=True,
+    ),
+    Op(
+        label="embedding_grad_",
+        file="embedding",
+        name="embedding_grad_",
+        inputs=_embedding,
+        key=lambda s: (s.rows, s.hidden, s.vocab),
+        # rows of dy and their order; rows of grad that no id names are not necessary
+        bytes_moved={"forward": lambda s, size: s.rows * (s.hidden * size + 24)},
+        written=("grad",),
     ),
     Op(
         label="grad_norm",

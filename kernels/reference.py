@@ -257,6 +257,21 @@ def linear_cross_entropy(
     )
 
 
+# --- embedding ------------------------------------------------------------------------------------
+
+
+def embedding_grad_(grad: Tensor, dy: Tensor, ids: Tensor, add: bool = True) -> None:
+    """The gradient of an embedding's weight, into grad: grad[i] += Σ dy over the positions of id i.
+
+    grad (V, h) contiguous, fp32, bf16 or fp16; dy (..., h) floating; ids (...) int64 in [0, V), a
+    position each. add: to what grad holds, else in its place. Sums in fp32. Deterministic.
+    """
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    total = grad.to(wide) if add else torch.zeros_like(grad, dtype=wide)
+    rows = dy.reshape(-1, dy.shape[-1]).to(wide)
+    grad.copy_(total.index_put((ids.reshape(-1),), rows, accumulate=True))
+
+
 # --- optimizer ------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""One parallel block as one autograd function on the kernels, and the head's product with its loss.
+"""One parallel block as one autograd function on the kernels, the embedding below, the head above.
 
     n1, n2 = LN₁ x, LN₂ x            both norms of the same x in one pass (mean, rstd)
     qkv    = n1 Wqkvᵀ + bqkv         q and k turned in place
@@ -35,6 +35,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
@@ -42,13 +43,14 @@ from torch.distributed import ProcessGroup
 from pythia_fast.kernels.attention import attention_fwd
 from pythia_fast.kernels.attention_bwd import attention_bwd
 from pythia_fast.kernels.attention_tiles import DTYPES, HEAD_DIMS, turns
+from pythia_fast.kernels.embedding import embedding_grad_
 from pythia_fast.kernels.gelu import gelu_bwd, gelu_fwd
 from pythia_fast.kernels.layer_norm import layer_norm_bwd, layer_norm_fwd
 from pythia_fast.kernels.linear_cross_entropy import accumulate, linear_cross_entropy
 from pythia_fast.kernels.parallel_residual import parallel_residual_bwd
 from pythia_fast.kernels.rotary import rotary_fwd
 from pythia_fast.model import Layer, Pythia
-from pythia_fast.parallel.tensor import vocabulary_loss
+from pythia_fast.parallel.tensor import local_ids, vocabulary_loss
 
 
 class Sums(Protocol):
@@ -205,8 +207,31 @@ def norms_bwd(
     return dx, list(vectors), parallel_residual_bwd(dx, torch.float32)
 
 
+class EmbeddingFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor, fused: Fused) -> Tensor:
+        ctx.fused = fused
+        if fused.parts is None:
+            ctx.save_for_backward(tokens)
+            return F.embedding(tokens, weight)
+        ids, here = local_ids(tokens, weight.shape[0], fused.parts)
+        ctx.save_for_backward(ids, here)
+        x = F.embedding(ids, weight).where(here[..., None], 0)
+        dist.all_reduce(x, group=fused.parts)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[None, None, None]:
+        ids, *rest = ctx.saved_tensors
+        for here in rest:
+            dx = dx.where(here[..., None], 0)
+        embedding_grad_(ctx.fused.embedding_grad, dx, ids, not ctx.fused.sums.fresh)
+        return None, None, None
+
+
 class Fused:
-    """A model's blocks and its head where the kernels run them and gradients add up in fp32."""
+    """A model's embedding, blocks and head where kernels run them and add up their gradients."""
 
     def __init__(
         self,
@@ -221,7 +246,12 @@ class Fused:
         for below, above in zip(self.blocks, self.blocks[1:], strict=False):
             above.below, below.is_top = below, False
         self.sums, self.head, self.ops, self.parts = sums, model.embed_out.weight, model.ops, parts
-        (self.head_grad,) = sums.hand_over([self.head])
+        self.embedding = model.gpt_neox.embed_in.weight
+        self.embedding_grad, self.head_grad = sums.hand_over([self.embedding, self.head])
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """x (B, T, h) of tokens (B, T) int64."""
+        return cast(Tensor, EmbeddingFunction.apply(self.embedding, tokens, self))
 
     def loss(self, x: Tensor, targets: Tensor, scale: float | None) -> Tensor:
         """scale·Σ of the rows' losses, or the mean; x (M, h), targets (M,) int64.

@@ -83,8 +83,8 @@ class GPTNeoX(nn.Module):
         self.layers = nn.ModuleList(Layer(c, ops) for _ in range(c.layers))
         self.final_layer_norm = nn.LayerNorm(c.hidden, eps=c.norm_eps)
 
-    def forward(self, tokens: Tensor, blocks: list[Callable[[Tensor], Tensor]]) -> Tensor:
-        x = self.ops.embedding(tokens, self.embed_in.weight)  # (B, T, h)
+    def forward(self, x: Tensor, blocks: list[Callable[[Tensor], Tensor]]) -> Tensor:
+        """x: the embedded tokens (B, T, h)."""
         for block in blocks:
             x = block(x)
         norm = self.final_layer_norm
@@ -101,11 +101,16 @@ class Pythia(nn.Module):
             self.gpt_neox = GPTNeoX(c, ops)
             self.embed_out = nn.Linear(c.hidden, c.vocab_size, bias=False)
         self._tables: tuple[Tensor, Tensor] | None = None
-        self.fused: Fused | None = None  # takes the layers' and the head's place in training
+        self.fused: Fused | None = None  # takes the place of embedding, layers, head
 
     def forward(self, tokens: Tensor, attend: list[Attend] | None = None) -> Tensor:
         """attend: one callable a layer in place of causal attention (generation has a cache)."""
-        return self.embed_out(self.gpt_neox(tokens, self._blocks(tokens, attend)))
+        return self.embed_out(self._body(tokens, self._blocks(tokens, attend)))
+
+    def _body(self, tokens: Tensor, blocks: list[Callable[[Tensor], Tensor]]) -> Tensor:
+        if self.fused is not None:
+            return self.gpt_neox(self.fused.embed(tokens), blocks)
+        return self.gpt_neox(self.ops.embedding(tokens, self.gpt_neox.embed_in.weight), blocks)
 
     def _blocks(
         self, tokens: Tensor, attend: list[Attend] | None
@@ -122,7 +127,7 @@ class Pythia(nn.Module):
     def loss(self, rows: Tensor, scale: float | None = None) -> Tensor:
         """Next-token loss of rows (B, T + 1) int64: scale·Σ, or the mean where scale is None."""
         tokens, targets = rows[:, :-1], rows[:, 1:].flatten()
-        x = self.gpt_neox(tokens, self._blocks(tokens, None)).flatten(0, 1)
+        x = self._body(tokens, self._blocks(tokens, None)).flatten(0, 1)
         if self.fused is not None:
             return self.fused.loss(x, targets, scale)
         return self.ops.cross_entropy(self.embed_out(x), targets, scale)

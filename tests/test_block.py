@@ -231,6 +231,29 @@ def test_every_gradient_of_the_model_equals_float64(dtype: torch.dtype) -> None:
         assert_close(actual[name], same[name], expected, name)
 
 
+def check_model(module: ModuleType) -> None:
+    c = Model(layers=1, hidden=64, heads=2, vocab_size=VOCABULARY)
+    model, optimizer = make(c, torch.float32, module)
+    actual = losses_and_gradients(model, optimizer)
+    same = losses_and_gradients(twin(model, torch.float32), None)
+    for name, expected in losses_and_gradients(twin(model, torch.float64), None).items():
+        assert_close(actual[name], same[name], expected, name)
+
+
+MODEL_MUTANTS = [
+    Mutant("the second microbatch overwrites the embedding's", FILE, "dx, ids, not ctx.fused.sums.fresh)", "dx, ids, False)"),
+    Mutant("the first adds to it", FILE, "dx, ids, not ctx.fused.sums.fresh)", "dx, ids, True)"),
+    Mutant("the second overwrites the head's", FILE, "add = not self.sums.fresh", "add = False"),
+    Mutant("head and embedding swapped", FILE, "self.embedding_grad, self.head_grad =", "self.head_grad, self.embedding_grad ="),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MODEL_MUTANTS, ids=lambda m: m.name)
+def test_mutants_of_embedding_and_head_are_killed(mutant: Mutant, tmp_path: Path) -> None:
+    assert_sound([mutant], check_model)
+    assert_killed(mutant, check_model, tmp_path)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_logits_exist_once(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their gradient takes their place: autograd makes no copy, forward or backward."""

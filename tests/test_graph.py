@@ -11,6 +11,7 @@ import pytest
 import tiny_run
 import torch
 from fake_cuda import Cuda
+from fused_run import STEPS, batch, fresh, on_a_graph, page
 from kernel_proof import Mutant, assert_killed
 from tiny_run import train_stopping_at
 from torch import Tensor
@@ -18,30 +19,10 @@ from torch import Tensor
 import pythia_fast.graph as real
 import pythia_fast.optim
 import pythia_fast.train
-from pythia_fast.config import Config, load
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="a GPU captures for real: test_step_on_gpu.py"
 )
-STEPS = 5
-FLAGS = ["--model.hidden", "64", "--model.layers", "1", "--train.batch_size", "2",
-         "--train.micro_batch_size", "1", "--train.steps", str(STEPS),
-         "--kernels.backend", "triton"]  # fmt: skip
-
-
-def page(directory: Path, *flags: str) -> Config:
-    return load(tiny_run.make_page(directory), [*FLAGS, *flags])
-
-
-def fresh(config: Config, run: Path, train: ModuleType = pythia_fast.train) -> Any:
-    trainer = train.Trainer(config, run)
-    trainer._load_newest()
-    return trainer
-
-
-def batch(trainer: Any, step: int) -> Tensor:
-    rows = trainer.config.train.batch_size
-    return trainer._staged(trainer.rows.tokens(rows * step, rows * (step + 1)))
 
 
 def through(trainer: Any) -> dict[str, Any]:
@@ -59,13 +40,6 @@ def assert_same(ours: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, value in expected.items():
         equal = torch.equal(ours[name], value) if isinstance(value, Tensor) else ours[name] == value
         assert equal, f"{name}: {ours[name]}, without the graph {value}"
-
-
-def on_a_graph(trainer: Any, module: ModuleType = real) -> Any:
-    """The trainer with its step recorded and replayed, and the fake's log."""
-    module.cuda = cuda = Cuda()
-    trainer.compute = module.StepGraph(trainer._on_device, trainer.device)
-    return cuda
 
 
 def check_graph(module: ModuleType) -> None:

@@ -160,9 +160,8 @@ def tensor_ops(ops: Ops, group: ProcessGroup, sequence: bool) -> Ops:
     """`ops` on the processes of `group`, residual stream whole or (sequence) in P parts of T."""
 
     def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
-        local = tokens - group.rank() * weight.shape[0]
-        here = (local >= 0) & (local < weight.shape[0])
-        x = F.embedding(local.where(here, 0), weight).where(here[..., None], 0)
+        ids, here = local_ids(tokens, weight.shape[0], group)
+        x = F.embedding(ids, weight).where(here[..., None], 0)
         return Scatter.apply(x, group) if sequence else SumForward.apply(x, group)
 
     def parallel_residual(x: Tensor, attn: Tensor, mlp: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
@@ -179,6 +178,13 @@ def tensor_ops(ops: Ops, group: ProcessGroup, sequence: bool) -> Ops:
     )
     norms = _sequence_norms(ops, group) if sequence else _whole_norms(ops, group)
     return replace(parts, **norms)
+
+
+def local_ids(tokens: Tensor, rows: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Ids within this process's `rows` rows of the vocabulary, 0 elsewhere, and which are here."""
+    local = tokens - group.rank() * rows
+    here = (local >= 0) & (local < rows)
+    return local.where(here, 0), here
 
 
 def _whole_norms(ops: Ops, group: ProcessGroup) -> dict[str, Any]:

@@ -88,6 +88,7 @@ from pythia_fast.kernels import (  # noqa: E402
     checks,
     cross_entropy,
     cross_entropy_shards,
+    embedding,
     gelu,
     layer_norm,
     linear_cross_entropy,
@@ -153,6 +154,12 @@ def optimizer(size: int, dtype: torch.dtype | None) -> None:
     adam.grad_norm(state[0].bfloat16())
 
 
+def rows_of_ids(count: int, hidden: int, dtype: torch.dtype) -> None:
+    dy, ids = torch.randn(count, hidden).to(dtype), torch.zeros(count, dtype=torch.int64)
+    for grad in (torch.zeros(3, hidden), torch.zeros(3, hidden, dtype=dtype)):
+        embedding.embedding_grad_(grad, dy, ids)
+
+
 def positions(batch: int, length: int, heads: int, dim: int) -> None:
     qkv, table = torch.randn(batch, length, heads, 3 * dim).to(BF16), torch.randn(length, dim // 8)
     for dtype in (torch.float32, BF16):
@@ -189,6 +196,7 @@ def suite() -> None:
         rows(16, hidden)
         mlp(16, 4 * hidden)
         head(2, hidden)
+        rows_of_ids(40, hidden, BF16)
     for vocabulary in (50304, 50432, 50688):
         losses(2, vocabulary)
     for shard in (25216, 25344, 12672):
@@ -214,6 +222,8 @@ for shape in ((1, 1), (3, 96), (16, 768)):
 for shape in ((1, 1), (5, 1000), (2, 50304)):
     losses(*shape)
     shards(*shape)
+for shape in ((1, 1), (100, 96), (16, 768)):
+    rows_of_ids(*shape, BF16)
 for size in (1, 10000):
     optimizer(size, BF16)
     optimizer(size, None)
