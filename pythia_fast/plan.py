@@ -38,6 +38,10 @@ GPUS = {
     "H200": Gpu("H200", "NVIDIA H200", 989e12, 790e12, 4.3e12, 149e9),
     # product: stas00/ml-engineering, "maximum achievable matmul FLOPS"; copy: QuACK's README
     "H100": Gpu("H100", "NVIDIA H100 80GB HBM3", 989e12, 794.5e12, 3.01e12, 84e9),
+    # product: H. He, "Strangely, matrix multiplications on GPUs run faster...", N(0, 1) data; copy:
+    # 0.9 of the vendor's 2,039 and 1,555 GB/s, the share that the two above reach of theirs
+    "A100": Gpu("A100", "NVIDIA A100-SXM4-80GB", 312e12, 257e12, 1.84e12, 84e9),
+    "A100-40GB": Gpu("A100-40GB", "NVIDIA A100-SXM4-40GB", 312e12, 257e12, 1.40e12, 41.5e9),
 }
 
 
@@ -56,6 +60,7 @@ ATTENTION_RATES = {
     128: (560e12, 370e12),
     256: (537e12, 370e12),
 }
+ATTENTION_CARDS = ("H200", "H100")  # that these rates were published of
 PIPELINE_FILL = 96  # K of a product's loop that fills and drains its pipeline instead of computing
 STREAMING = 0.92  # of a copy, which a kernel bound by memory can reach
 OVERHEAD = 1.01
@@ -185,11 +190,11 @@ def bound_b(
     m: Model, seq_len: int, step_tokens: int, gpu: Gpu, micro_tokens: int | None = None,
     gradient: int = 4,
 ) -> Bound | None:  # fmt: skip
-    """None where no rate of attention is published: another head dim, other than 2,048 positions.
+    """None where no rate of attention is published: other head dims, positions (2,048) or cards.
 
     micro_tokens: rows of the products, which their weight gradients contract (default: the step's).
     """
-    if m.head_dim not in ATTENTION_RATES or seq_len != 2048:
+    if m.head_dim not in ATTENTION_RATES or seq_len != 2048 or gpu.name not in ATTENTION_CARDS:
         return None
     tokens = micro_tokens or step_tokens
     forward, backward = ATTENTION_RATES[m.head_dim]
