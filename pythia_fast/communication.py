@@ -30,6 +30,7 @@ NODE = 8  # GPUs that share NVLink
 FP32 = 4  # bytes
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
+Axis = Literal["tensor", "data", "pipeline"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Link:
     latency: tuple[float, float]
 
 
-# NVLink 4: 367.6 of 450 GB/s, rings on 8 H200 without NVLS (stas00/ml-engineering, network); NVLink
-# 3: NCCL's own cap for compute capability 8.0, of 300 GB/s. InfiniBand: line rate of one port a GPU.
+# NVLink 4: 367.6 of 450 GB/s, all-reduce on 8 H200 without NVLS (stas00/ml-engineering, network);
+# NVLink 3: NCCL's own cap for compute capability 8.0, of 300 GB/s. InfiniBand: line rate, one port
+# a GPU.
 NVLINK = {
     "A100": Link("NVLink 3", 235e9, (3.4e-6, 0.47e-6)),
     "A100-40GB": Link("NVLink 3", 235e9, (3.4e-6, 0.47e-6)),
@@ -131,7 +133,7 @@ class Collective:
     seconds: of all of them, one after another; exposed: of these, seconds no computation hides.
     """
 
-    axis: Literal["tensor", "data", "pipeline"]
+    axis: Axis
     kind: Kind
     what: str
     link: str
@@ -143,7 +145,7 @@ class Collective:
 
 
 def collective(
-    axis: Literal["tensor", "data", "pipeline"], kind: Kind, what: str, group: Group,
+    axis: Axis, kind: Kind, what: str, group: Group,
     count: int, message: float, on: Fabric, exposed: float | None = None,
 ) -> Collective:  # fmt: skip
     """exposed: seconds; None: all of them."""

@@ -248,24 +248,42 @@ def memory(
     )
 
 
-def activation_bytes(m: Model, selective: bool = False) -> int:
-    """Of a token, 16 bits: all kept, or (selective) norms and GELU formed again."""
+def activation_bytes(
+    m: Model, selective: bool = False, tensor: int = 1, sequence: bool = False,
+    layers: int | None = None,
+) -> int:  # fmt: skip
+    """Of a token, 16 bits: all kept, or (selective) norms and GELU formed again.
+
+    tensor: ranks that split all but x and the norms of it, sequence: those too. layers: those kept.
+    """
     kept = ACTIVATION_ELEMENTS - RECOMPUTED_ELEMENTS * selective
-    return 2 * kept * m.hidden * m.layers
+    whole = 1 if selective else 3  # x, and both norms where they are kept
+    if sequence:
+        whole = 0
+    elements = whole * tensor + kept - whole  # of every rank together
+    return 2 * elements * m.hidden * (m.layers if layers is None else layers) // tensor
 
 
-def plan(config: Config, gpus: int, gpu: str) -> dict[str, Any]:
-    """What `config` costs on one GPU; times are bounds. Raises InputError for what is not there."""
-    if gpus != 1:
-        raise InputError(f"--gpus {gpus}: layouts over several GPUs are not there yet; 1 is")
+def known(gpu: str) -> Gpu:
+    """The card of a name. Raises InputError where its rates are not known here."""
     if gpu not in GPUS:
         raise InputError(f"--gpu {gpu}: its rates are not known here; {', '.join(GPUS)} are")
+    return GPUS[gpu]
+
+
+def must_be_16_bit(config: Config) -> None:
+    """Raises InputError for what no plan is for."""
     if config.precision.compute == "fp32":
         raise InputError("precision.compute = 'fp32': plans are for bf16 and fp16")
+
+
+def plan(config: Config, gpu: str) -> dict[str, Any]:
+    """What `config` costs on one GPU; times are bounds. Raises InputError for what is not there."""
+    must_be_16_bit(config)
     p = config.precision
     gradient = GRADIENT[p.gradients]
     held = gradient + (GRADIENT[p.gradient_sum] if p.ranks > 1 else 0)  # and the sum over ranks
-    m, t, card, seq_len = config.model, config.train, GPUS[gpu], config.data.seq_len
+    m, t, card, seq_len = config.model, config.train, known(gpu), config.data.seq_len
     step, micro = config.tokens_per_step, t.micro_batch_size * seq_len
     fused = p.gradients == "fp32" and config.kernels.deterministic
     options = (held, fused, config.kernels.recompute == "selective")

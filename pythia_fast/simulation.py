@@ -2,8 +2,8 @@
 
 `order` lists what each rank runs, as torch.distributed.pipelining does; `simulate` runs the lists:
 an operation starts when its rank is free and what it needs has arrived. Times are of any number
-type, so equal costs in whole numbers give exact bubbles. Closed forms, P ranks, M microbatches, v
-chunks a rank, F, I and W seconds of a rank's forward and the two halves of its backward, sends free:
+type, so equal costs in whole numbers give exact bubbles. Closed forms, sends free, for P ranks, M
+microbatches, v chunks a rank, and F, I, W seconds of a rank's forward and its backward's halves:
 
     gpipe, 1f1b        idle (P - 1)(F + I + W)      share of the step (P - 1)/(M + P - 1)
     interleaved-1f1b   idle (P - 1)(F + I + W)/v    share (P - 1)/(v·M + P - 1), P divides M
@@ -17,10 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pythia_fast.errors import InputError
 from pythia_fast.stages import round_of
+
+if TYPE_CHECKING:
+    from pythia_fast.estimate import Estimate
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "zero-bubble")
 
@@ -160,7 +163,8 @@ def simulate(
 
     Raises ValueError where the lists wait for one another in a circle.
     """
-    ranks, done = len(orders), {}  # (stage, F or I, microbatch) -> end
+    ranks = len(orders)
+    done: dict[tuple[int, str, int], Any] = {}  # (stage, F or I, microbatch) -> end
     place, free = [0] * ranks, [0] * ranks
     remaining = {
         (r, s): sum(o.stage == s and o.kind != "F" for o in orders[r])
@@ -265,3 +269,18 @@ def _reduce(events: list[Event], stage: Stage, start: Any, end: Any, free: Any) 
     last = events[-1]
     events.append(Event(last.rank, last.stage, "reduce", 0, first, time))
     return time
+
+
+# --- a layout -------------------------------------------------------------------------------------
+
+
+def of_layout(estimate: Estimate) -> Timeline:
+    """One step of a layout with the costs of its estimate, in seconds."""
+    at = estimate.layout
+    orders = order(at.schedule, at.pipeline, estimate.microbatches, at.stages_per_rank)
+    stages = []
+    for chunk in estimate.chunks:
+        own = estimate.chunk_seconds(chunk)
+        gather, reduce = estimate.weights_seconds(chunk)
+        stages.append(Stage(own.forward, own.inputs, own.weights, gather, reduce, chunk.layers))
+    return simulate(orders, stages, estimate.send_seconds, estimate.after_seconds)

@@ -68,8 +68,7 @@ def layer_seconds(
     assert elements == 12  # q k v o; and their gradients beside them in the backward
     products = _products([(3 * h // p, h), (4 * h // p, h), (h, 5 * h // p)], tokens, gpu)
     return products + Seconds(
-        forward=max(2 * attention, 4 * width / p)
-        + width * ((norm + residual) / split + gelu / p),
+        forward=max(2 * attention, 4 * width / p) + width * ((norm + residual) / split + gelu / p),
         inputs=max(5 * attention, 8 * width / p)
         + width * (norm_backward / split + gelu_backward / p),
     )
@@ -157,7 +156,7 @@ def chunk_seconds(chunk: Chunk, layer: Seconds, ends: tuple[Seconds, Seconds]) -
     return found + ends[1] if chunk.head else found
 
 
-# --- microbatches in flight -----------------------------------------------------------------------
+# --- schedules, in closed form --------------------------------------------------------------------
 
 
 def in_flight(
@@ -183,3 +182,16 @@ def in_flight(
 def round_of(ranks: int, microbatches: int) -> int:
     """Microbatches that an interleaved schedule takes through one chunk before the next."""
     return microbatches // max(1, microbatches // ranks)
+
+
+def sends_waited_for(schedule: str, ranks: int, chunks: int = 1) -> int:
+    """Sends that a step takes longer for at equal stages, ranks dividing microbatches.
+
+    1f1b: beside 2(P - 1)/P of each microbatch after the first P. `simulation` finds the same.
+    """
+    return {
+        "gpipe": 2 * (ranks - 1),
+        "1f1b": 2 * (ranks - 1) + 2 * (ranks - 2),
+        "interleaved-1f1b": 2 * (chunks * ranks - 1),
+        "zero-bubble": 4 * (ranks - 1),
+    }[schedule]

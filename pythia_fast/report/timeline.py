@@ -1,0 +1,140 @@
+"""The figure of a pipeline's step under each schedule, as `simulation` has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from pythia_fast import plan, simulation
+from pythia_fast.communication import fabric
+from pythia_fast.config import Config
+from pythia_fast.errors import InputError
+from pythia_fast.estimate import Estimate
+from pythia_fast.layouts import Layout
+from pythia_fast.parallel.mesh import degrees
+
+KINDS = {
+    "F": ("forward", "#1f5fa8"),
+    "B": ("backward", "#d1495b"),
+    "I": ("backward, inputs", "#e08a96"),
+    "W": ("backward, weights", "#2e8b57"),
+    "gather": ("all-gather of weights", "#edae49"),
+    "reduce": ("reduction of gradients", "#7b5ea7"),
+    "update": ("norm and optimizer", "#6b6b6b"),
+}
+COMMUNICATION = ("gather", "reduce")
+LABELLED = 0.012  # share of the figure's width that a microbatch's number takes
+
+
+def data(c: Config, gpus: int, gpu: str, network: str | None = None) -> dict[str, Any]:
+    """A step of `c`'s own layout under every schedule it can have, as JSON could hold it.
+
+    Raises InputError where the layout does not fit the GPUs or has no pipeline.
+    """
+    if gpus == 1 or c.parallel.pipeline == 1:
+        raise InputError("--timeline draws pipelines: --parallel.pipeline above 1 is needed")
+    found, card, on = degrees(c, gpus), plan.known(gpu), fabric(gpu, network)
+    plan.must_be_16_bit(c)
+    rows, p = c.train.micro_batch_size, c.parallel
+    panels = []
+    for name in simulation.SCHEDULES:
+        for chunks in _chunks(c, name):
+            layout = Layout(found.data, found.tensor, found.pipeline, p.sequence, name, chunks,
+                            p.shard, rows)  # fmt: skip
+            estimate = Estimate(c, layout, card, on)
+            try:
+                panels.append(_panel(estimate))
+            except InputError:
+                continue  # microbatches that are no whole rounds of this schedule
+            break
+    title = (
+        f"One step on {gpus} {card.name} ({on.name}): data {found.data}, tensor {found.tensor}, "
+        f"pipeline {found.pipeline}, shard {p.shard}; {c.model.preset or 'model'}, "
+        f"{panels[0]['microbatches']} microbatches of {rows} rows. Simulated, not measured."
+    )
+    return {"title": title, "ranks": found.pipeline, "panels": panels}
+
+
+def _chunks(c: Config, schedule: str) -> tuple[int, ...]:
+    """Stages a rank to try, most first."""
+    if schedule != "interleaved-1f1b":
+        return (1,)
+    given = c.parallel.stages_per_rank
+    return tuple(
+        v for v in ((given,) if given > 1 else (4, 3, 2))
+        if c.parallel.pipeline * v <= c.model.layers
+    )  # fmt: skip
+
+
+def _panel(estimate: Estimate) -> dict[str, Any]:
+    line, at = simulation.of_layout(estimate), estimate.layout
+    memory = estimate.memory().total
+    name = at.schedule + (f", {at.stages_per_rank} stages a rank" if at.stages_per_rank > 1 else "")
+    over = "" if memory <= estimate.gpu.memory else ": does not fit"
+    return {
+        "title": f"{name}: {1e3 * line.end:,.0f} ms, idle {line.bubble:.1%} of it, "
+        f"{memory / 1e9:.0f} GB at most{over}",
+        "microbatches": estimate.microbatches,
+        "events": [
+            [e.rank, e.stage // at.pipeline, e.kind, e.microbatch,
+             round(1e3 * e.start, 3), round(1e3 * e.end, 3)]
+            for e in line.events
+        ],
+    }  # fmt: skip
+
+
+def draw(found: dict[str, Any]) -> Figure:
+    """A panel a schedule on one axis of time; a line a rank, its communication below it."""
+    panels, ranks = found["panels"], found["ranks"]
+    end = max(event[5] for panel in panels for event in panel["events"])
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(13, len(panels) * (0.6 + 0.21 * ranks) + 0.9), dpi=130,
+        layout="constrained", sharex=True, squeeze=False,
+    )  # fmt: skip
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        for rank, chunk, kind, microbatch, start, stop in panel["events"]:
+            _bar(axis, rank, chunk, kind, start, stop)
+            if kind in "FBIW" and (stop - start) / end > LABELLED:
+                axis.text((start + stop) / 2, rank - 0.08, str(microbatch), fontsize=5.5,
+                          color="white", ha="center", va="center")  # fmt: skip
+        axis.set_ylim(ranks - 0.4, -0.6)
+        axis.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)], fontsize=7)
+        axis.set_title(panel["title"], loc="left", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    bottom = axes[-1, 0]
+    bottom.set_xlim(0, end * 1.005)
+    bottom.set_xlabel("ms from the beginning of the step", fontsize=9)
+    shown = {event[2] for panel in panels for event in panel["events"]}
+    handles = [Patch(color=colour, label=name) for kind, (name, colour) in KINDS.items()
+               if kind in shown]  # fmt: skip
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8
+    )
+    figure.suptitle(found["title"], x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def _bar(axis: Axes, rank: int, chunk: int, kind: str, start: float, stop: float) -> None:
+    """Computation above, communication in the strip below; later chunks are paler."""
+    low, height = (0.27, 0.14) if kind in COMMUNICATION else (-0.4, 0.64)
+    axis.broken_barh(
+        [(start, stop - start)], (rank + low, height), facecolors=KINDS[kind][1],
+        alpha=1.0 if kind in COMMUNICATION else 1 - 0.16 * chunk, edgecolor="white", linewidth=0.25,
+    )  # fmt: skip
+
+
+def save(found: dict[str, Any], path: Path) -> None:
+    """Writes the PNG in one go."""
+    figure = draw(found)
+    temporary = path.with_name(f".{path.stem}.tmp.png")
+    figure.savefig(temporary, format="png")
+    plt.close(figure)
+    temporary.replace(path)
