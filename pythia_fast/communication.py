@@ -14,13 +14,15 @@ base and latency are those of NCCL's own tuning model (NVIDIA/nccl, src/graph/tu
 protocol Simple at full bandwidth, LL at a quarter of it with less latency; the faster is taken. In
 a ring over N nodes, N - 1 of the steps of each half cross the network. It leaves at every node
 through the network cards of all its members there (one a GPU), and is as slow as its slowest link.
-NCCL's trees and in-switch sums (NVLS) are left out: what they save is not counted.
+An all-reduce may also climb a tree of the nodes and come down again, in LL: fewer steps, for small
+messages. Sums in the switches (NVLS, SHARP) are left out: what they save is not counted.
 
 Nothing here is measured on this project's runs.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,6 +60,8 @@ NETWORKS = {
 USUAL_NETWORK = {"A100": "HDR", "A100-40GB": "HDR", "H100": "NDR", "H200": "NDR"}
 BASE = (8.4e-6, 3.6e-6)  # of a collective: Simple, LL
 SHARE = (1.0, 0.25)  # of the bandwidth: Simple, LL
+TREE_BASE, TREE_NEAR, TREE_FAR = 4.4e-6, 0.52e-6, 5.0e-6  # s: a collective, a step by NVLink, by
+TREE_SHARE = 0.9 / 3.8  # the network; of the bandwidth, each byte up and down
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,10 @@ def seconds(kind: Kind, group: Group, message: float, on: Fabric) -> float:
         near, far = on.nvlink.latency[protocol], on.network.latency[protocol]
         latency = BASE[protocol] + (steps - across) * near + across * far
         times.append(latency + volume / (SHARE[protocol] * link.bandwidth))
+    if kind == "all-reduce":
+        steps_near = group.size / group.nodes - 1
+        climb = steps_near * TREE_NEAR + math.log2(group.nodes) * TREE_FAR
+        times.append(TREE_BASE + 2 * climb + 2 * message / (TREE_SHARE * link.bandwidth))
     return min(times)
 
 

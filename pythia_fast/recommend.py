@@ -24,6 +24,7 @@ from pythia_fast.values import toml_value
 
 MOST_GPUS = 1024
 LARGEST_MICROBATCH = 64  # rows
+FILLED = 0.95  # of a card's memory at most: NCCL, libraries and the allocator take theirs
 AS_FAST = 1.01  # of the fastest step: there the simpler layout is recommended
 SIMPLEST_SHARD = ("optimizer", "none", "full")
 SHOWN = 10  # lines of the text
@@ -103,7 +104,7 @@ def ranked(c: Config, gpus: int, gpu: str, network: str | None = None) -> list[E
     for layout in candidates(c, gpus):
         found += 1
         estimate = Estimate(c, layout, card, on)
-        if estimate.memory().total > card.memory:
+        if estimate.memory().total > FILLED * card.memory:
             continue
         seconds = estimate.step().total
         key = (layout.data, layout.tensor, layout.pipeline, layout.shard)
@@ -124,7 +125,8 @@ def _simplicity(at: Layout) -> tuple[Any, ...]:
 
 def _nothing(c: Config, gpus: int, card: plan.Gpu, found: int) -> str:
     if found:
-        return f"none of {found} layouts fits in the {card.memory / 1e9:.0f} GB of a {card.name}"
+        room = f"{FILLED:.0%} of the {card.memory / 1e9:.0f} GB of a {card.name}"
+        return f"none of {found:,} layouts fits in {room}"
     wanted = ""
     if c.precision.ranks > 1:
         wanted = f"; precision.sum_ranks = {c.precision.sum_ranks} is parallel.data"
@@ -155,7 +157,8 @@ def _row(estimate: Estimate, recommended: bool) -> dict[str, Any]:
         "microbatches": estimate.microbatches,
         "layers_of_stages": [chunk.layers for chunk in estimate.chunks],
         "parameters": c.model.parameters,
-        "memory_bytes": asdict(memory) | {"total": memory.total, "usable": estimate.gpu.memory},
+        "memory_bytes": asdict(memory)
+        | {"total": memory.total, "usable": FILLED * estimate.gpu.memory},
         "communication": [asdict(one) for one in estimate.collectives()],
         "seconds_per_step": asdict(step) | {"exposed": step.exposed, "total": step.total},
         "bubble_share": step.bubble / step.total,
@@ -181,7 +184,7 @@ def describe(found: list[dict[str, Any]]) -> str:
         step = row["seconds_per_step"]
         lines.append(
             f"{row['data']:5} {row['tensor']:6} {row['pipeline']:8} {row['shard']:>9} "
-            f"{row['micro_batch_size']:4}  {_schedule(row):21}"
+            f"{row['micro_batch_size']:4}  {schedule_of(row):21}"
             f"{row['memory_bytes']['total'] / 1e9:6.1f} {1e3 * step['total']:9,.0f} "
             f"{row['tokens_per_s']:11,.0f} {row['hours']:8,.1f} {row['mfu_causal']:5.1%} "
             f"{row['bubble_share']:6.1%} {step['exposed'] / step['total']:7.1%}"
@@ -213,7 +216,8 @@ def flags(row: dict[str, Any]) -> str:
     )
 
 
-def _schedule(row: dict[str, Any]) -> str:
+def schedule_of(row: dict[str, Any]) -> str:
+    """Schedule, stages a rank and sequence parallelism in a few words."""
     name = row["schedule"] if row["pipeline"] > 1 else ""
     name += f" x{row['stages_per_rank']}" if row["stages_per_rank"] > 1 else ""
     return name + (", sequence" if name else "sequence") * row["sequence"]

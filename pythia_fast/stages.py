@@ -100,29 +100,34 @@ def _products(shapes: list[tuple[int, int]], tokens: int, gpu: plan.Gpu) -> Seco
 
 @lru_cache(maxsize=512)
 def cut(layers: int, stages: int, layer: float, embedding: float, head: float) -> tuple[Chunk, ...]:
-    """`stages` chunks whose slowest is as fast as can be; each has a layer at least.
+    """`stages` chunks whose slowest is as fast as can be, the others as even as that allows.
 
-    layer, embedding, head: what each costs, in one unit. Layers left over go behind the first
-    stage, which keeps most microbatches in flight.
+    layer, embedding, head: what each costs, in one unit. Each chunk has a layer at least. Layers
+    left over go behind the first stage, which keeps most microbatches in flight.
     """
     if stages == 1:
         return (Chunk(layers, embedding=True, head=True),)
+    inner = stages - 2
 
-    def slowest(first: int, last: int) -> tuple[float, int]:
-        between = layers - first - last
-        inner = 0 if stages == 2 else -(-between // (stages - 2))
-        costs = (embedding + first * layer, inner * layer, last * layer + head)
-        return max(costs), first + last
+    def costs(first: int, last: int) -> tuple[float, float]:
+        """Of the slowest chunk; sum of squares."""
+        ends = (embedding + first * layer, last * layer + head)
+        few, more = divmod(layers - first - last, inner) if inner else (0, 0)
+        slowest = max(*ends, (few + bool(more)) * layer)
+        squares = more * (few + 1) ** 2 + (inner - more) * few**2
+        return slowest, sum(end**2 for end in ends) + squares * layer**2
 
-    ends = [
-        (first, last)
-        for first in range(1, layers - stages + 2)
-        for last in range(1, layers - stages - first + 3)
-        if stages > 2 or first + last == layers
-    ]
-    first, last = min(ends, key=lambda e: (*slowest(*e), e[0]))
-    rest, inner = layers - first - last, stages - 2
-    middle = [rest // inner + (i >= inner - rest % inner) for i in range(inner)]
+    first, last = min(
+        (
+            (first, last)
+            for first in range(1, layers - inner)
+            for last in range(1, layers - inner - first + 1)
+            if inner or first + last == layers
+        ),
+        key=lambda ends: costs(*ends),
+    )
+    few, more = divmod(layers - first - last, inner) if inner else (0, 0)
+    middle = [few + (i >= inner - more) for i in range(inner)]
     return (
         Chunk(first, embedding=True),
         *(Chunk(n) for n in middle),
@@ -187,7 +192,8 @@ def round_of(ranks: int, microbatches: int) -> int:
 def sends_waited_for(schedule: str, ranks: int, chunks: int = 1) -> int:
     """Sends that a step takes longer for at equal stages, ranks dividing microbatches.
 
-    1f1b: beside 2(P - 1)/P of each microbatch after the first P. `simulation` finds the same.
+    1f1b: beside 2(P - 1)/P of each microbatch after the first P. zero-bubble: at most, and all of
+    them from 2P microbatches on. `simulation` finds the same.
     """
     return {
         "gpipe": 2 * (ranks - 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pythia_fast.errors import InputError
 from pythia_fast.estimate import Estimate
 from pythia_fast.layouts import Layout
 from pythia_fast.parallel.mesh import degrees
+from pythia_fast.recommend import FILLED
 
 KINDS = {
     "F": ("forward", "#1f5fa8"),
@@ -78,7 +80,7 @@ def _panel(estimate: Estimate) -> dict[str, Any]:
     line, at = simulation.of_layout(estimate), estimate.layout
     memory = estimate.memory().total
     name = at.schedule + (f", {at.stages_per_rank} stages a rank" if at.stages_per_rank > 1 else "")
-    over = "" if memory <= estimate.gpu.memory else ": does not fit"
+    over = "" if memory <= FILLED * estimate.gpu.memory else ": does not fit"
     return {
         "title": f"{name}: {1e3 * line.end:,.0f} ms, idle {line.bubble:.1%} of it, "
         f"{memory / 1e9:.0f} GB at most{over}",
@@ -100,40 +102,49 @@ def draw(found: dict[str, Any]) -> Figure:
         layout="constrained", sharex=True, squeeze=False,
     )  # fmt: skip
     for axis, panel in zip(axes[:, 0], panels, strict=True):
-        for rank, chunk, kind, microbatch, start, stop in panel["events"]:
-            _bar(axis, rank, chunk, kind, start, stop)
+        _bars(axis, panel["events"])
+        for rank, _, kind, microbatch, start, stop in panel["events"]:
             if kind in "FBIW" and (stop - start) / end > LABELLED:
                 axis.text((start + stop) / 2, rank - 0.08, str(microbatch), fontsize=5.5,
                           color="white", ha="center", va="center")  # fmt: skip
         axis.set_ylim(ranks - 0.4, -0.6)
-        axis.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)], fontsize=7)
+        axis.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
+        axis.tick_params(labelsize=8)
         axis.set_title(panel["title"], loc="left", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     bottom = axes[-1, 0]
     bottom.set_xlim(0, end * 1.005)
-    bottom.set_xlabel("ms from the beginning of the step", fontsize=9)
+    bottom.set_xlabel(
+        "ms from the beginning of the step; numbers are microbatches, later stages of a rank paler",
+        fontsize=9,
+    )
     shown = {event[2] for panel in panels for event in panel["events"]}
     handles = [Patch(color=colour, label=name) for kind, (name, colour) in KINDS.items()
                if kind in shown]  # fmt: skip
     figure.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8
     )
-    figure.suptitle(found["title"], x=0.01, ha="left", fontsize=10)
     return figure
 
 
-def _bar(axis: Axes, rank: int, chunk: int, kind: str, start: float, stop: float) -> None:
+def _bars(axis: Axes, events: list[list[Any]]) -> None:
     """Computation above, communication in the strip below; later chunks are paler."""
-    low, height = (0.27, 0.14) if kind in COMMUNICATION else (-0.4, 0.64)
-    axis.broken_barh(
-        [(start, stop - start)], (rank + low, height), facecolors=KINDS[kind][1],
-        alpha=1.0 if kind in COMMUNICATION else 1 - 0.16 * chunk, edgecolor="white", linewidth=0.25,
-    )  # fmt: skip
+    together: defaultdict[tuple[int, int, str], list[tuple[float, float]]] = defaultdict(list)
+    for rank, chunk, kind, _, start, stop in events:
+        together[rank, chunk, kind].append((start, stop - start))
+    for (rank, chunk, kind), spans in together.items():
+        low, height = (0.27, 0.14) if kind in COMMUNICATION else (-0.4, 0.64)
+        alpha = 1.0 if kind in COMMUNICATION else 1 - 0.16 * min(chunk, 4)
+        axis.broken_barh(
+            spans, (rank + low, height), facecolors=KINDS[kind][1], alpha=alpha,
+            edgecolor="white", linewidth=0.25,
+        )  # fmt: skip
 
 
 def save(found: dict[str, Any], path: Path) -> None:
     """Writes the PNG in one go."""
     figure = draw(found)
+    figure.suptitle(found["title"], x=0.01, ha="left", fontsize=10)
     temporary = path.with_name(f".{path.stem}.tmp.png")
     figure.savefig(temporary, format="png")
     plt.close(figure)
