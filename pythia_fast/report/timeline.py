@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from pythia_fast.recommend import FILLED
 KINDS = {
     "F": ("forward", "#1f5fa8"),
     "B": ("backward", "#d1495b"),
-    "I": ("backward, inputs", "#e08a96"),
+    "I": ("backward, inputs", "#e07b39"),
     "W": ("backward, weights", "#2e8b57"),
-    "gather": ("all-gather of weights", "#edae49"),
+    "gather": ("all-gather of weights", "#b8a000"),
     "reduce": ("reduction of gradients", "#7b5ea7"),
     "update": ("norm and optimizer", "#6b6b6b"),
 }
@@ -48,15 +49,16 @@ def data(c: Config, gpus: int, gpu: str, network: str | None = None) -> dict[str
     rows, p = c.train.micro_batch_size, c.parallel
     panels = []
     for name in simulation.SCHEDULES:
+        tried = []
         for chunks in _chunks(c, name):
             layout = Layout(found.data, found.tensor, found.pipeline, p.sequence, name, chunks,
                             p.shard, rows)  # fmt: skip
-            estimate = Estimate(c, layout, card, on)
-            try:
-                panels.append(_panel(estimate))
-            except InputError:
-                continue  # microbatches that are no whole rounds of this schedule
-            break
+            # without microbatches in whole rounds of a schedule there is no step of it
+            with suppress(InputError):
+                estimate = Estimate(c, layout, card, on)
+                tried.append((estimate, simulation.of_layout(estimate)))
+        if tried:
+            panels.append(_panel(*min(tried, key=lambda pair: pair[1].end)))
     title = (
         f"One step on {gpus} {card.name} ({on.name}): data {found.data}, tensor {found.tensor}, "
         f"pipeline {found.pipeline}, shard {p.shard}; {c.model.preset or 'model'}, "
@@ -66,18 +68,18 @@ def data(c: Config, gpus: int, gpu: str, network: str | None = None) -> dict[str
 
 
 def _chunks(c: Config, schedule: str) -> tuple[int, ...]:
-    """Stages a rank to try, most first."""
+    """Stages a rank to try; the fastest is drawn."""
     if schedule != "interleaved-1f1b":
         return (1,)
     given = c.parallel.stages_per_rank
     return tuple(
-        v for v in ((given,) if given > 1 else (4, 3, 2))
+        v for v in ((given,) if given > 1 else (2, 3, 4))
         if c.parallel.pipeline * v <= c.model.layers
     )  # fmt: skip
 
 
-def _panel(estimate: Estimate) -> dict[str, Any]:
-    line, at = simulation.of_layout(estimate), estimate.layout
+def _panel(estimate: Estimate, line: simulation.Timeline) -> dict[str, Any]:
+    at = estimate.layout
     memory = estimate.memory().total
     name = at.schedule + (f", {at.stages_per_rank} stages a rank" if at.stages_per_rank > 1 else "")
     over = "" if memory <= FILLED * estimate.gpu.memory else ": does not fit"
