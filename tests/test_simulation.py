@@ -241,7 +241,7 @@ def test_timeline(tmp_path: Path) -> None:
     c = load(REPOSITORY / "configs/pythia-1.4b.toml", flags)
     found = timeline.data(c, 32, "A100")
     assert [panel["title"].partition(":")[0] for panel in found["panels"]] == [
-        "gpipe", "1f1b", "interleaved-1f1b, 4 stages a rank", "zero-bubble"
+        "gpipe", "1f1b", "interleaved-1f1b, 3 stages a rank", "zero-bubble"
     ]  # fmt: skip
     layout = Layout(8, 1, 4, False, "1f1b", 1, "optimizer", 8)
     estimate = Estimate(c, layout, plan.GPUS["A100"], fabric("A100"))
