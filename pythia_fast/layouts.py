@@ -82,15 +82,6 @@ class Held:
     def memory_of(self, rank: int) -> Memory:
         c, at = self.config, self.layout
         m, n, chunks = c.model, self.parameters(rank), self.of_rank(rank)
-        gradient = self.accumulated
-        if c.precision.ranks > 1:  # and the sum over ranks, beside a rank's own
-            gradient += self.reduced
-        if at.shard == "full":
-            states = (plan.STATES + gradient) * n / at.data
-        elif at.shard == "optimizer":  # 12: fp32 master and moments
-            states = (plan.STATES - 12 + gradient) * n + 12 * n / at.data
-        else:
-            states = (plan.STATES + gradient) * n
         held = stages.in_flight(
             at.schedule, rank, at.pipeline, self.microbatches, at.stages_per_rank
         )
@@ -110,12 +101,25 @@ class Held:
             )
         layers = max(chunk.layers for chunk in chunks)
         return Memory(
-            states=states,
+            states=self._states(n),
             gradients=WIDTH * by_autograd * (at.shard != "full"),
             activations=of_layer * layers * self.tokens * held,
             logits=logits,
             buffers=self._received(rank) + self._gathered(chunks),
         )
+
+    def _states(self, n: int) -> float:
+        """Of n parameters, by what data-parallel ranks split; sums have a buffer of their own."""
+        c, at = self.config.precision, self.layout
+        everything = (plan.STATES + self.accumulated) * n
+        if at.data == 1:
+            return everything
+        if at.shard == "full":
+            return everything / at.data
+        if at.shard == "optimizer":
+            split = plan.STATES - WIDTH  # master weights and moments
+            return everything - split * n + (split + self.reduced) * n / at.data
+        return everything + self.reduced * n * (c.gradient_sum != c.gradients)
 
     def _received(self, rank: int) -> float:
         """torch's PipelineStage allocates a buffer a microbatch for what it receives, both ways."""

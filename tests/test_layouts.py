@@ -251,9 +251,15 @@ def test_memory_by_hand() -> None:
     """12b: h 5120, 36 layers, b T = 2048 tokens."""
     n = config("12b").model.parameters
     for shard, wanted in (
-        ("none", 18 * n), ("optimizer", 6 * n + 12 * n / 8), ("full", 18 * n / 8)
+        ("none", 18 * n), ("optimizer", 6 * n + (12 + 4) * n / 8), ("full", 18 * n / 8)
     ):  # fmt: skip
         assert estimated("12b", data=8, shard=shard, rows=1).memory().states == wanted
+    v1 = {"1b": 2 + 12 + 2 + 4, "70m": 2 + 12 + 2}  # 16-bit gradients; 1b's are summed in fp32
+    for size, width in v1.items():
+        page = load(REPOSITORY / f"configs/pythia-{size}.toml")
+        at = Layout(page.precision.sum_ranks, 1, 1, False, "1f1b", 1, "none", 4)
+        summed = Estimate(page, at, plan.GPUS["A100"], communication.fabric("A100"))
+        assert summed.memory().states == width * page.model.parameters
     x = 2 * 2048 * 5120  # bytes of b T h elements
     for tensor, sequence, of_layer in ((1, False, 15), (4, False, 3 + 12 / 4), (4, True, 15 / 4)):
         found = estimated("12b", tensor=tensor, sequence=sequence, rows=1)

@@ -34,7 +34,7 @@ KINDS = {
     "update": ("norm and optimizer", "#6b6b6b"),
 }
 COMMUNICATION = ("gather", "reduce")
-LABELLED = 0.012  # share of the figure's width that a microbatch's number takes
+LABELLED = 0.010  # share of the figure's width that a microbatch's number takes
 
 
 def data(c: Config, gpus: int, gpu: str, network: str | None = None) -> dict[str, Any]:
