@@ -186,16 +186,17 @@ def _plan(options: argparse.Namespace) -> None:
 
     config, gpu = load(options.config, options.overrides), options.gpu.upper()
     network = options.network and options.network.upper()
+    if options.gpus == 1:
+        rows = [plan.plan(config, gpu)]
+        text = plan.describe(rows[0])
+    else:
+        rows = recommend.rows(config, options.gpus, gpu, network)
+        text = recommend.describe(rows)
     if options.timeline:
         from pythia_fast.report import timeline
 
         timeline.save(timeline.data(config, options.gpus, gpu, network), options.timeline)
-    if options.gpus == 1:
-        row = plan.plan(config, gpu)
-        print_rows(options, [row], plan.describe(row))
-        return
-    rows = recommend.rows(config, options.gpus, gpu, network)
-    print_rows(options, rows, recommend.describe(rows))
+    print_rows(options, rows, text)
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -127,10 +127,13 @@ def _nothing(c: Config, gpus: int, card: plan.Gpu, found: int) -> str:
     if found:
         room = f"{FILLED:.0%} of the {card.memory / 1e9:.0f} GB of a {card.name}"
         return f"none of {found:,} layouts fits in {room}"
-    wanted = ""
     if c.precision.ranks > 1:
-        wanted = f"; precision.sum_ranks = {c.precision.sum_ranks} is parallel.data"
-    return f"no layout of {gpus} GPUs has whole microbatches of train.batch_size{wanted}"
+        return (
+            f"--gpus {gpus}: precision.sum_ranks = {c.precision.sum_ranks} ranks of 16-bit "
+            "gradients are parallel.data; --recipe modern leaves it free"
+        )
+    degrees(c, gpus)  # names the two numbers of the page that do not fit
+    return f"--gpus {gpus}: no layout has whole microbatches of batch_size {c.train.batch_size}"
 
 
 # --- rows and words -------------------------------------------------------------------------------

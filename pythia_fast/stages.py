@@ -64,12 +64,12 @@ def layer_seconds(
     split = p if sequence else 1
     width = 2 * h * tokens / gpu.copy  # seconds of h elements a token
     attention = h * seq_len * tokens / p / gpu.product  # of one of its products
-    elements = plan.ATTENTION_ELEMENTS
-    assert elements == 12  # q k v o; and their gradients beside them in the backward
+    read, read_again = 4, plan.ATTENTION_ELEMENTS - 4  # q k v o; and with them their gradients
     products = _products([(3 * h // p, h), (4 * h // p, h), (h, 5 * h // p)], tokens, gpu)
     return products + Seconds(
-        forward=max(2 * attention, 4 * width / p) + width * ((norm + residual) / split + gelu / p),
-        inputs=max(5 * attention, 8 * width / p)
+        forward=max(2 * attention, read * width / p)
+        + width * ((norm + residual) / split + gelu / p),
+        inputs=max(5 * attention, read_again * width / p)
         + width * (norm_backward / split + gelu_backward / p),
     )
 

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -22,12 +23,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from bench import layouts as pages
-from pythia_fast import communication, estimate, plan, recommend, stages
+from pythia_fast import communication, estimate, layouts, plan, recommend, stages
 from pythia_fast.cli import main
 from pythia_fast.communication import NODE
 from pythia_fast.config import Config, load
 from pythia_fast.estimate import Estimate
-from pythia_fast.layouts import Layout
+from pythia_fast.layouts import Held, Layout
 from pythia_fast.model import Pythia
 from pythia_fast.parallel.mesh import Degrees, degrees
 
@@ -247,55 +248,95 @@ def test_sequence_moves_the_same_bytes() -> None:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def test_memory_by_hand() -> None:
-    """12b: h 5120, 36 layers, b T = 2048 tokens."""
-    n = config("12b").model.parameters
+def held(module: ModuleType) -> None:
+    """12b by hand: h 5120, 36 layers, b T = 2048 tokens."""
+    c = config("12b")
+    n, x = c.model.parameters, 2 * 2048 * 5120  # bytes of b T h elements
+
+    def made(*layout: object, page: Config = c) -> Held:
+        found: Held = module.Held(page, Layout(*layout), plan.GPUS["H100"])  # type: ignore[arg-type]
+        return found
+
     for shard, wanted in (
         ("none", 18 * n), ("optimizer", 6 * n + (12 + 4) * n / 8), ("full", 18 * n / 8)
     ):  # fmt: skip
-        assert estimated("12b", data=8, shard=shard, rows=1).memory().states == wanted
+        assert made(8, 1, 1, False, "1f1b", 1, shard, 1).memory().states == wanted
     v1 = {"1b": 2 + 12 + 2 + 4, "70m": 2 + 12 + 2}  # 16-bit gradients; 1b's are summed in fp32
     for size, width in v1.items():
         page = load(REPOSITORY / f"configs/pythia-{size}.toml")
-        at = Layout(page.precision.sum_ranks, 1, 1, False, "1f1b", 1, "none", 4)
-        summed = Estimate(page, at, plan.GPUS["A100"], communication.fabric("A100"))
+        summed = made(page.precision.sum_ranks, 1, 1, False, "1f1b", 1, "none", 4, page=page)
         assert summed.memory().states == width * page.model.parameters
-    x = 2 * 2048 * 5120  # bytes of b T h elements
     for tensor, sequence, of_layer in ((1, False, 15), (4, False, 3 + 12 / 4), (4, True, 15 / 4)):
-        found = estimated("12b", tensor=tensor, sequence=sequence, rows=1)
-        assert found.memory().activations == 36 * of_layer * x
-        assert found.memory().logits == 2 * found.config.model.vocab_size * 2048 / tensor
-    selective = estimated("12b", "H100", "--kernels.recompute", "selective", tensor=4, rows=1)
-    assert selective.memory().activations == 36 * (1 + 8 / 4) * x
+        found = made(1, tensor, 1, sequence, "1f1b", 1, "none", 1).memory()
+        assert found.activations == 36 * of_layer * x
+        assert found.logits == 2 * c.model.vocab_size * 2048 / tensor
+    selective = config("12b", "--kernels.recompute", "selective")
+    found = made(1, 4, 1, False, "1f1b", 1, "none", 1, page=selective).memory()
+    assert found.activations == 36 * (1 + 8 / 4) * x
+    # fully sharded: two layers gathered, both ends, and the gradient of an end in 16 bits and fp32
+    layer, end = 12 * 5120**2 + 13 * 5120, c.model.vocab_size * 5120
+    whole = made(8, 1, 1, False, "1f1b", 1, "full", 1).memory()
+    last = 2 * 5120
+    assert whole.buffers == 2 * (2 * layer + 2 * end + last) + 6 * (2 * end + last)
     # a pipeline: the first rank holds most microbatches; torch receives each in a buffer of its own
-    piped = estimated("12b", data=2, pipeline=8, rows=1)
+    piped = made(2, 1, 8, False, "1f1b", 1, "none", 1)
     for rank, chunk in enumerate(piped.chunks):
-        held = piped.memory_of(rank)
-        assert held.activations == chunk.layers * 15 * x * (8 - rank)
-        assert held.buffers == 512 * x * (2 if 0 < rank < 7 else 1)
-    gpipe = estimated("12b", data=64, pipeline=4, schedule="gpipe", rows=1)
-    assert gpipe.memory_of(3).logits == 16 * 2 * gpipe.config.model.vocab_size * 2048
+        memory = piped.memory_of(rank)
+        assert memory.activations == chunk.layers * 15 * x * (8 - rank)
+        assert memory.buffers == 512 * x * (2 if 0 < rank < 7 else 1)
+    gpipe = made(64, 1, 4, False, "gpipe", 1, "none", 1)
+    assert gpipe.memory_of(3).logits == 16 * 2 * c.model.vocab_size * 2048
 
 
-@pytest.mark.parametrize("stages_", [2, 3, 5, 8, 12, 24, 36])
-def test_cut_is_the_best(stages_: int) -> None:
+def test_memory_by_hand() -> None:
+    held(layouts)
+
+
+def best_cut(module: ModuleType) -> None:
     """Against all cuts into runs of layers, by dynamic programming over the slowest."""
-    for embedding, head in ((0.0, 0.0), (0.1, 0.8), (0.3, 2.7)):
-        chunks = stages.cut(36, stages_, 1.0, embedding, head)
-        assert sum(chunk.layers for chunk in chunks) == 36 and len(chunks) == stages_
+    ends = ((0.0, 0.0), (0.1, 0.8), (0.3, 2.7))
+    for count, (embedding, head) in product([2, 3, 5, 8, 12, 24, 36], ends):
+        chunks = module.cut(36, count, 1.0, embedding, head)
+        assert sum(chunk.layers for chunk in chunks) == 36 and len(chunks) == count
         assert min(chunk.layers for chunk in chunks) >= 1
         assert chunks[0].embedding and chunks[-1].head
         best = {0: 0.0}
-        for stage in range(stages_):
-            extra = embedding * (stage == 0) + head * (stage == stages_ - 1)
+        for stage in range(count):
+            extra = embedding * (stage == 0) + head * (stage == count - 1)
             best = {
-                end: min(
-                    max(cost, end - begin + extra) for begin, cost in best.items() if begin < end
-                )
-                for end in range(stage + 1, 37)
-            }
-        slowest = max(c.layers + embedding * c.embedding + head * c.head for c in chunks)
-        assert slowest == pytest.approx(best[36])
+                stop: min(max(cost, stop - begin + extra) for begin, cost in best.items()
+                          if begin < stop)
+                for stop in range(stage + 1, 37)
+            }  # fmt: skip
+        costs = [c.layers + embedding * c.embedding + head * c.head for c in chunks]
+        assert max(costs) == pytest.approx(best[36])
+    assert [c.layers for c in module.cut(36, 8, 1.0, 0.0, 0.8)] == [4, 4, 4, 5, 5, 5, 5, 4]
+
+
+def test_cut_is_the_best() -> None:
+    best_cut(stages)
+
+
+def tensor_parallel(module: ModuleType) -> None:
+    """4 ranks: a quarter of every product and byte but of the norms and the residual; the norms'
+    too with sequence. At infinite width of a product, so that its length does not matter.
+    """
+    m, card, tokens = config("12b").model, replace(plan.GPUS["H100"], copy=1e12), 2048
+    one = module.layer_seconds(m, card, 2048, tokens)
+    norms = 2 * 5120 * tokens / 1e12 * 3 / 4  # seconds of each element a token that is not split
+    fill = 96 * 2 * tokens / card.product  # of a product, divided by the length that it contracts
+    for sequence, forward, backward in ((False, 4, 5), (True, 0, 0)):
+        four = module.layer_seconds(m, card, 2048, tokens, 4, sequence)
+        # contracted: h by 7h/4 outputs, 5h/4 by h; in the backward 3h/4, h and h
+        lost = fill * (5120 - 5120 / 4)  # the output product's shorter length
+        assert four.forward - one.forward / 4 == pytest.approx(forward * norms + lost)
+        lost = fill * (5120 - 5120 / 4) * 2  # of both column-parallel ones
+        assert four.inputs - one.inputs / 4 == pytest.approx(backward * norms + lost)
+        assert four.weights == pytest.approx(one.weights / 4)
+
+
+def test_tensor_parallel_seconds() -> None:
+    tensor_parallel(stages)
 
 
 # --- the search -----------------------------------------------------------------------------------
@@ -395,9 +436,19 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
             "--gpus 8 --gpu h100 --recipe modern --parallel.data 4 --parallel.tensor 2 --parallel.shard none",
             "layouts fits in 95%",
         ),
-        ("--gpus 8 --recipe modern --parallel.tensor 3", "no layout of 8 GPUs"),
-        ("--gpus 8 --precision.sum_ranks 64", "precision.sum_ranks = 64 is parallel.data"),
-        ("--gpus 8 --timeline x.png", "--parallel.pipeline above 1 is needed"),
+        (
+            "--gpus 8 --recipe modern --parallel.tensor 3",
+            "parallel.tensor = 3 times parallel.pipeline = 1 does not divide the 8",
+        ),
+        (
+            "--gpus 7 --recipe modern --parallel.data 7",
+            "train.batch_size = 1024 is not divisible by parallel.data = 7",
+        ),
+        (
+            "--gpus 8 --precision.sum_ranks 64",
+            "sum_ranks = 64 ranks of 16-bit gradients are parallel.data",
+        ),
+        ("--gpus 8 --recipe modern --timeline x.png", "--parallel.pipeline above 1 is needed"),
     ],
 )
 def test_bad_input(flags: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -420,6 +471,10 @@ def test_the_page_of_layouts_is_true() -> None:
 # --- mutants --------------------------------------------------------------------------------------
 
 COMMUNICATION, ESTIMATE = "pythia_fast/communication.py", "pythia_fast/estimate.py"
+LAYOUTS, STAGES = "pythia_fast/layouts.py", "pythia_fast/stages.py"
+CHECKS = {
+    COMMUNICATION: [ring], ESTIMATE: [counted], LAYOUTS: [held], STAGES: [best_cut, tensor_parallel]
+}  # fmt: skip
 MUTANTS = [
     Mutant("all-reduce at half its volume", COMMUNICATION, '(2 if kind == "all-reduce" else 1)', "1"),
     Mutant("one network card a node", COMMUNICATION, "cards = max(1, self.size // self.nodes)", "cards = 1"),
@@ -432,9 +487,23 @@ MUTANTS = [
     Mutant("fully sharded once a step", ESTIMATE, "self.copies, times * units, size", "self.copies, units, size"),
     Mutant("row biases not summed with sequence", ESTIMATE, "m, chunk, at.sequence)", "m, chunk, False)"),
     Mutant("sends of one stage a rank", ESTIMATE, "2 * at.stages_per_rank * times", "2 * times"),
+    Mutant("moments not sharded", LAYOUTS, "split = plan.STATES - WIDTH", "split = plan.STATES - WIDTH - 8"),
+    Mutant("sums in the gradients' buffer", LAYOUTS, "(split + self.reduced) * n", "split * n"),
+    Mutant("logits of one microbatch in gpipe", LAYOUTS, '("gpipe", "zero-bubble")', '("zero-bubble",)'),
+    Mutant("every rank holds as many microbatches", LAYOUTS, "at.schedule, rank, at.pipeline", "at.schedule, 0, at.pipeline"),
+    Mutant("first rank receives activations", LAYOUTS, "ends = (rank == 0) + ", "ends = "),
+    Mutant("gathered gradient in fp32 alone", LAYOUTS, "(WIDTH + FP32) * max", "FP32 * max"),
+    Mutant("head weighs nothing", STAGES, "last * layer + head)", "last * layer)"),
+    Mutant("layers left over behind the last stage first", STAGES, "(i >= inner - more)", "(i < more)"),
+    Mutant("norms split without sequence", STAGES, "split = p if sequence else 1", "split = p"),
+    Mutant("full products on every rank", STAGES, "(h, 5 * h // p)]", "(h, 5 * h)]"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
-    assert_killed(mutant, ring if mutant.file == COMMUNICATION else counted, tmp_path)
+    def check(module: ModuleType) -> None:
+        for own in CHECKS[mutant.file]:
+            own(module)
+
+    assert_killed(mutant, check, tmp_path)
