@@ -279,11 +279,12 @@ def must_be_16_bit(config: Config) -> None:
 
 def plan(config: Config, gpu: str) -> dict[str, Any]:
     """What `config` costs on one GPU; times are bounds. Raises InputError for what is not there."""
+    card = known(gpu)
     must_be_16_bit(config)
     p = config.precision
     gradient = GRADIENT[p.gradients]
     held = gradient + (GRADIENT[p.gradient_sum] if p.ranks > 1 else 0)  # and the sum over ranks
-    m, t, card, seq_len = config.model, config.train, known(gpu), config.data.seq_len
+    m, t, seq_len = config.model, config.train, config.data.seq_len
     step, micro = config.tokens_per_step, t.micro_batch_size * seq_len
     fused = p.gradients == "fp32" and config.kernels.deterministic
     options = (held, fused, config.kernels.recompute == "selective")
