@@ -18,7 +18,7 @@ from pythia_fast.config import Config, Parallel
 from pythia_fast.errors import InputError
 from pythia_fast.estimate import Estimate
 from pythia_fast.layouts import Layout
-from pythia_fast.parallel.mesh import degrees
+from pythia_fast.parallel.degrees import degrees
 from pythia_fast.stages import round_of
 from pythia_fast.values import toml_value
 
@@ -31,7 +31,7 @@ SHOWN = 10  # lines of the text
 
 
 def candidates(c: Config, gpus: int) -> Iterator[Layout]:
-    """Every layout that `parallel.mesh.degrees` accepts; whether it fits is not asked here."""
+    """Every layout that `parallel.degrees` accepts; whether it fits is not asked here."""
     p, defaults = c.parallel, Parallel()
 
     def options(key: str, searched: tuple[Any, ...]) -> tuple[Any, ...]:

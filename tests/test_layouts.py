@@ -30,7 +30,7 @@ from pythia_fast.config import Config, load
 from pythia_fast.estimate import Estimate
 from pythia_fast.layouts import Held, Layout
 from pythia_fast.model import Pythia
-from pythia_fast.parallel.mesh import Degrees, degrees
+from pythia_fast.parallel.degrees import Degrees, degrees
 
 SIZES = ["70m", "410m", "1.4b", "6.9b", "12b"]
 

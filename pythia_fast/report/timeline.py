@@ -21,7 +21,7 @@ from pythia_fast.config import Config
 from pythia_fast.errors import InputError
 from pythia_fast.estimate import Estimate
 from pythia_fast.layouts import Layout
-from pythia_fast.parallel.mesh import degrees
+from pythia_fast.parallel.degrees import degrees
 from pythia_fast.recommend import FILLED
 
 KINDS = {
