@@ -1,5 +1,8 @@
 """Layouts of one run over many GPUs, and the bytes that each GPU holds, by arithmetic.
 
+Activations are those that the fused blocks keep, also where they are not used (16-bit gradients,
+sequence parallelism): there this is less than it takes.
+
 Letters: b rows of a microbatch, T positions, h hidden, P pipeline degree.
 """
 
@@ -92,7 +95,7 @@ class Held:
         logits = WIDTH * m.vocab_size // at.tensor * self.tokens * last
         if at.pipeline > 1 and at.schedule in ("gpipe", "zero-bubble"):
             logits *= held  # until the backward of the head, or its weights' half
-        fused = c.precision.gradients == "fp32" and c.kernels.deterministic
+        fused = c.precision.gradients == "fp32" and c.kernels.deterministic and not at.sequence
         by_autograd = n
         if fused:
             by_autograd = sum(

@@ -1,8 +1,9 @@
 """Which layouts a run can have on so many GPUs, in the order in which to take them.
 
 Searched are tensor degrees within a node, all pipeline degrees, every kind of sharding, microbatch
-sizes, with sequence parallelism and without, 1f1b and interleaved (gpipe is never faster and keeps
-more). A key of [parallel] that the page sets otherwise than by default is kept, not searched.
+sizes, 1f1b and interleaved. A key of [parallel] that the page sets otherwise than by default is
+kept, not searched. So come in the others: gpipe, never faster and keeping more, zero-bubble and
+sequence parallelism, which the fused blocks do not take yet.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def candidates(c: Config, gpus: int) -> Iterator[Layout]:
                 for name in schedules
                 for v in (virtual if name == "interleaved-1f1b" else (1,))
             ]
-        sequences = options("sequence", (False, True)) if tensor > 1 else (False,)
+        sequences = options("sequence", (False,)) if tensor > 1 else (False,)
         for shard, sequence, rows, (schedule, v) in product(
             options("shard", SIMPLEST_SHARD) if data > 1 else ("none",),
             sequences, range(1, LARGEST_MICROBATCH + 1), orders,

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -30,7 +31,9 @@ from pythia_fast.config import Config, load
 from pythia_fast.estimate import Estimate
 from pythia_fast.layouts import Held, Layout
 from pythia_fast.model import Pythia
+from pythia_fast.ops import select
 from pythia_fast.parallel.degrees import Degrees, degrees
+from pythia_fast.parallel.tensor import localise, tensor_ops
 
 SIZES = ["70m", "410m", "1.4b", "6.9b", "12b"]
 
@@ -78,14 +81,26 @@ COLUMNS = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")  # row-parallel
 ROWS = ("query_key_value", "dense_h_to_4h", "embed_in", "embed_out")
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[None]:
-    """A fake process group of 256; this process is one of them, and nothing is sent."""
+@contextmanager
+def fake(world: int) -> Iterator[None]:
+    """A process group of which this process is the first rank; nothing is sent."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=256)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def ranks() -> Iterator[None]:
+    with fake(256):
+        yield
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    with fake(2):
+        yield
 
 
 def shard_tensors(module: torch.nn.Module, mesh: DeviceMesh) -> None:
@@ -243,6 +258,45 @@ def test_sequence_moves_the_same_bytes() -> None:
         for on in (False, True)
     )  # fmt: skip
     assert whole == pytest.approx(split)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_tensor_collectives_are_the_runtimes(
+    sequence: bool, two_ranks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One microbatch of a tiny model on the trainer's own tensor-parallel ops, every call seen."""
+    flags = "--model.layers 3 --model.hidden 64 --model.heads 4 --model.vocab_size 256".split()
+    flags += "--data.seq_len 16 --train.batch_size 2".split()
+    c = config("70m", *flags, "--train.micro_batch_size", "2")
+    at = Layout(1, 2, 1, sequence, "1f1b", 1, "none", 2)
+    made = Estimate(c, at, plan.GPUS["H100"], communication.fabric("H100"))
+    wanted: Counter[tuple[str, float]] = Counter()
+    for one in made.collectives():
+        if one.what not in ("LayerNorm gradients", "gradient norm"):  # once a step
+            wanted[one.kind, one.message] += one.count
+    seen: Counter[tuple[str, float]] = Counter()
+
+    def watch(kind: str, name: str, whole: int) -> None:
+        """whole: which argument has the size before scattering or after gathering."""
+
+        def call(*tensors: torch.Tensor, group: object) -> None:
+            seen[kind, tensors[whole].numel() * tensors[whole].itemsize] += 1
+            tensors[0].fill_(0.5)  # no other process says what it would be
+
+        monkeypatch.setattr(dist, name, call)
+
+    watch("all-reduce", "all_reduce", 0)
+    watch("all-gather", "all_gather_into_tensor", 0)
+    watch("reduce-scatter", "reduce_scatter_tensor", 1)
+    ops = tensor_ops(select("reference", torch.device("cpu")), dist.group.WORLD, sequence)
+    model = Pythia(c.model, ops)
+    localise(model, 2)
+    model.to_empty(device="cpu").to(torch.bfloat16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.loss(torch.zeros(2, 17, dtype=torch.long)).backward()
+    assert seen == wanted
+    assert sum(p.numel() for p in model.parameters()) == made.parameters(0)
 
 
 # --- memory ---------------------------------------------------------------------------------------
