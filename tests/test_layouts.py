@@ -32,8 +32,8 @@ from pythia_fast.estimate import Estimate
 from pythia_fast.layouts import Held, Layout
 from pythia_fast.model import Pythia
 from pythia_fast.ops import select
+from pythia_fast.parallel import tensor as runtime
 from pythia_fast.parallel.degrees import Degrees, degrees
-from pythia_fast.parallel.tensor import localise, tensor_ops
 
 SIZES = ["70m", "410m", "1.4b", "6.9b", "12b"]
 
@@ -276,21 +276,21 @@ def test_tensor_collectives_are_the_runtimes(
             wanted[one.kind, one.message] += one.count
     seen: Counter[tuple[str, float]] = Counter()
 
-    def watch(kind: str, name: str, whole: int) -> None:
+    def watch(kind: str, owner: object, name: str, whole: int) -> None:
         """whole: which argument has the size before scattering or after gathering."""
 
         def call(*tensors: torch.Tensor, group: object) -> None:
             seen[kind, tensors[whole].numel() * tensors[whole].itemsize] += 1
             tensors[0].fill_(0.5)  # no other process says what it would be
 
-        monkeypatch.setattr(dist, name, call)
+        monkeypatch.setattr(owner, name, call)
 
-    watch("all-reduce", "all_reduce", 0)
-    watch("all-gather", "all_gather_into_tensor", 0)
-    watch("reduce-scatter", "reduce_scatter_tensor", 1)
-    ops = tensor_ops(select("reference", torch.device("cpu")), dist.group.WORLD, sequence)
+    watch("all-reduce", dist, "all_reduce", 0)
+    watch("all-gather", runtime, "all_gather", 0)
+    watch("reduce-scatter", runtime, "reduce_scatter", 1)
+    ops = runtime.tensor_ops(select("reference", torch.device("cpu")), dist.group.WORLD, sequence)
     model = Pythia(c.model, ops)
-    localise(model, 2)
+    runtime.localise(model, 2)
     model.to_empty(device="cpu").to(torch.bfloat16)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
