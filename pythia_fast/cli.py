@@ -181,11 +181,22 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from pythia_fast import plan
+    from pythia_fast import plan, recommend
     from pythia_fast.config import load
 
-    row = plan.plan(load(options.config, options.overrides), options.gpus, options.gpu.upper())
-    print_rows(options, [row], plan.describe(row))
+    config, gpu = load(options.config, options.overrides), options.gpu.upper()
+    network = options.network and options.network.upper()
+    if options.gpus == 1:
+        rows = [plan.plan(config, gpu)]
+        text = plan.describe(rows[0])
+    else:
+        rows = recommend.rows(config, options.gpus, gpu, network)
+        text = recommend.describe(rows)
+    if options.timeline:
+        from pythia_fast.report import timeline
+
+        timeline.save(timeline.data(config, options.gpus, gpu, network), options.timeline)
+    print_rows(options, rows, text)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -263,11 +274,21 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--tokenizer", type=Path, help="default: the run's own")
 
     plan = add_command(
-        commands, "plan", _plan, "memory, FLOPs and the bound of the speed, by arithmetic",
-        "pythia-fast plan configs/pythia-1.4b.toml --gpu H200", takes_config=True,
+        commands, "plan", _plan, "memory, time and communication of a run, by arithmetic",
+        "pythia-fast plan configs/pythia-12b.toml --gpus 256 --gpu H100 --recipe modern",
+        takes_config=True,
     )  # fmt: skip
-    plan.add_argument("--gpus", type=int, default=1, help="1; layouts over more are not there yet")
-    plan.add_argument("--gpu", default="H200", help="H200 (default) or H100")
+    plan.add_argument(
+        "--gpus", type=int, default=1,
+        help="1 (default) to 1024: layouts, the recommended one first; keys of [parallel] that "
+        "the page sets are kept",
+    )  # fmt: skip
+    plan.add_argument("--gpu", default="H200", help="H200 (default), H100, A100 or A100-40GB")
+    plan.add_argument("--network", help="between nodes: NDR (default; for A100 HDR) or HDR")
+    plan.add_argument(
+        "--timeline", type=Path, metavar="FILE.png",
+        help="draw a step of the page's own layout under each pipeline schedule",
+    )  # fmt: skip
     bench = add_command(
         commands, "bench", _bench, "kernels and training beside their peers, in one run",
         "pythia-fast bench --minutes 9 --out runs/bench --only train",

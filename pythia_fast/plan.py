@@ -38,6 +38,10 @@ GPUS = {
     "H200": Gpu("H200", "NVIDIA H200", 989e12, 790e12, 4.3e12, 149e9),
     # product: stas00/ml-engineering, "maximum achievable matmul FLOPS"; copy: QuACK's README
     "H100": Gpu("H100", "NVIDIA H100 80GB HBM3", 989e12, 794.5e12, 3.01e12, 84e9),
+    # product: H. He, "Strangely, matrix multiplications on GPUs run faster...", N(0, 1) data; copy:
+    # 0.9 of the vendor's 2,039 and 1,555 GB/s, the share that the two above reach of theirs
+    "A100": Gpu("A100", "NVIDIA A100-SXM4-80GB", 312e12, 257e12, 1.84e12, 84e9),
+    "A100-40GB": Gpu("A100-40GB", "NVIDIA A100-SXM4-40GB", 312e12, 257e12, 1.40e12, 41.5e9),
 }
 
 
@@ -56,6 +60,7 @@ ATTENTION_RATES = {
     128: (560e12, 370e12),
     256: (537e12, 370e12),
 }
+ATTENTION_CARDS = ("H200", "H100")  # that these rates were published of
 PIPELINE_FILL = 96  # K of a product's loop that fills and drains its pipeline instead of computing
 STREAMING = 0.92  # of a copy, which a kernel bound by memory can reach
 OVERHEAD = 1.01
@@ -185,11 +190,11 @@ def bound_b(
     m: Model, seq_len: int, step_tokens: int, gpu: Gpu, micro_tokens: int | None = None,
     gradient: int = 4,
 ) -> Bound | None:  # fmt: skip
-    """None where no rate of attention is published: another head dim, other than 2,048 positions.
+    """None where no rate of attention is published: other head dims, positions (2,048) or cards.
 
     micro_tokens: rows of the products, which their weight gradients contract (default: the step's).
     """
-    if m.head_dim not in ATTENTION_RATES or seq_len != 2048:
+    if m.head_dim not in ATTENTION_RATES or seq_len != 2048 or gpu.name not in ATTENTION_CARDS:
         return None
     tokens = micro_tokens or step_tokens
     forward, backward = ATTENTION_RATES[m.head_dim]
@@ -243,24 +248,43 @@ def memory(
     )
 
 
-def activation_bytes(m: Model, selective: bool = False) -> int:
-    """Of a token, 16 bits: all kept, or (selective) norms and GELU formed again."""
+def activation_bytes(
+    m: Model, selective: bool = False, tensor: int = 1, sequence: bool = False,
+    layers: int | None = None,
+) -> int:  # fmt: skip
+    """Of a token, 16 bits: all kept, or (selective) norms and GELU formed again.
+
+    tensor: ranks that split all but x and the norms of it, sequence: those too. layers: those kept.
+    """
     kept = ACTIVATION_ELEMENTS - RECOMPUTED_ELEMENTS * selective
-    return 2 * kept * m.hidden * m.layers
+    whole = 1 if selective else 3  # x, and both norms where they are kept
+    if sequence:
+        whole = 0
+    elements = whole * tensor + kept - whole  # of every rank together
+    return 2 * elements * m.hidden * (m.layers if layers is None else layers) // tensor
 
 
-def plan(config: Config, gpus: int, gpu: str) -> dict[str, Any]:
-    """What `config` costs on one GPU; times are bounds. Raises InputError for what is not there."""
-    if gpus != 1:
-        raise InputError(f"--gpus {gpus}: layouts over several GPUs are not there yet; 1 is")
+def known(gpu: str) -> Gpu:
+    """The card of a name. Raises InputError where its rates are not known here."""
     if gpu not in GPUS:
         raise InputError(f"--gpu {gpu}: its rates are not known here; {', '.join(GPUS)} are")
+    return GPUS[gpu]
+
+
+def must_be_16_bit(config: Config) -> None:
+    """Raises InputError for what no plan is for."""
     if config.precision.compute == "fp32":
         raise InputError("precision.compute = 'fp32': plans are for bf16 and fp16")
+
+
+def plan(config: Config, gpu: str) -> dict[str, Any]:
+    """What `config` costs on one GPU; times are bounds. Raises InputError for what is not there."""
+    card = known(gpu)
+    must_be_16_bit(config)
     p = config.precision
     gradient = GRADIENT[p.gradients]
     held = gradient + (GRADIENT[p.gradient_sum] if p.ranks > 1 else 0)  # and the sum over ranks
-    m, t, card, seq_len = config.model, config.train, GPUS[gpu], config.data.seq_len
+    m, t, seq_len = config.model, config.train, config.data.seq_len
     step, micro = config.tokens_per_step, t.micro_batch_size * seq_len
     fused = p.gradients == "fp32" and config.kernels.deterministic
     options = (held, fused, config.kernels.recompute == "selective")

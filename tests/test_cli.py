@@ -110,7 +110,7 @@ BAD = [
      "{step}: neither a Hugging Face directory (config.json) nor a NeoX checkpoint (global_step<N>)"),
     (["train", "{run}"], "{run} is a directory, expected a page"),
     (["plan", "{run}"], "{run} is a directory, expected a page"),
-    (["plan", "{page}", "--gpu", "a100"], "--gpu A100: its rates are not known here; H"),
+    (["plan", "{page}", "--gpu", "v100"], "--gpu V100: its rates are not known here; H"),
     (["train", "{page}", "--run", "{page}"], "{page} is not a directory"),
     (["train", "{page}", "--run", "{page}/x"], "{page} is not a directory"),
     (["train", "{page}", "--recipe", "pythia"], "expected '' or 'pythia-v1' or 'modern'"),

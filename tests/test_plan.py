@@ -127,6 +127,7 @@ def test_cards_by_the_drivers_name() -> None:
     """A PCIe or NVL card, or a GH200, has another peak: no MFU rather than a wrong one."""
     assert plan.card("NVIDIA H200") is plan.GPUS["H200"]
     assert plan.card("NVIDIA H100 80GB HBM3") is plan.GPUS["H100"]
+    assert plan.card("NVIDIA A100-SXM4-40GB") is plan.GPUS["A100-40GB"]
     for other in ("NVIDIA H100 PCIe", "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "AMD EPYC"):
         assert plan.card(other) is None
 
@@ -137,6 +138,7 @@ def test_bound_b_only_where_a_rate_is_published() -> None:
     assert plan.bound_b(small, 2048, 65536, card) is None
     assert plan.bound_b(Model(), 4096, 65536, card) is None
     assert plan.bound_b(Model(), 2048, 65536, card) is not None
+    assert plan.bound_b(Model(), 2048, 65536, plan.GPUS["A100"]) is None
 
 
 def check(module) -> None:  # type: ignore[no-untyped-def]
@@ -187,11 +189,11 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_largest_microbatch_that_fits() -> None:
     config = load(str(REPOSITORY / "configs/pythia-1.4b.toml"), ["--recipe", "modern"])
-    row, limit = plan.plan(config, 1, "H100"), plan.GPUS["H100"].memory
+    row, limit = plan.plan(config, "H100"), plan.GPUS["H100"].memory
     rows = row["largest_micro_batch_size"]
     small, large = (plan.memory(config.model, n * rows * 2048).total for n in (1, 2))
     assert small <= limit < large
-    row = plan.plan(load(REPOSITORY / "configs/pythia-12b.toml"), 1, "H200")
+    row = plan.plan(load(REPOSITORY / "configs/pythia-12b.toml"), "H200")
     assert (row["fits"], row["largest_micro_batch_size"]) == (False, 0)
 
 
@@ -199,7 +201,7 @@ def test_the_largest_microbatch_that_fits() -> None:
 def test_the_largest_microbatch_is_one_that_the_page_can_have(size: str) -> None:
     """Ranks whose 16-bit gradients are rounded one by one each need whole microbatches."""
     page, wanted = REPOSITORY / f"configs/pythia-{size}.toml", {"70m": 32, "1b": 16, "2.8b": 16}
-    rows = plan.plan(load(page), 1, "H200")["largest_micro_batch_size"]
+    rows = plan.plan(load(page), "H200")["largest_micro_batch_size"]
     assert rows == wanted[size]  # 1,024 rows over 32 or 64 ranks
     assert load(page, ["--train.micro_batch_size", str(rows)]).accumulation == 1
 
@@ -210,15 +212,14 @@ def test_gradients_of_the_recipe() -> None:
     wanted = {("modern", "1"): 18, ("pythia-v1", "1"): 16, ("pythia-v1", "2"): 18}
     for (recipe, ranks), states in wanted.items():
         flags = ["--recipe", recipe, "--precision.sum_ranks", ranks]
-        row = plan.plan(load(page, flags), 1, "H200")
+        row = plan.plan(load(page, flags), "H200")
         assert row["memory_bytes"]["states"] == states * row["parameters"], (recipe, ranks)
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--gpus", "8"], "layouts over several GPUs are not there yet"),
-        (["--gpu", "H999"], "H200, H100 are"),
+        (["--gpu", "H999"], "H200, H100, A100, A100-40GB are"),
         (["--recipe", "modern", "--precision.compute", "fp32"], "plans are for bf16 and fp16"),
     ],
 )

@@ -1,0 +1,72 @@
+"""How many processes share what, checked in one place. Imports no torch: a plan asks too.
+
+Ranks are numbered pipeline outermost, then data, tensor innermost, as in GPT-NeoX: the tensor
+processes of one copy of a layer are neighbours, on the fastest links.
+
+    rank = (stage·D + copy)·P + part        D data, P tensor
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pythia_fast.config import Config
+from pythia_fast.errors import InputError
+
+AXES = ("pipeline", "data", "tensor")
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Processes along each axis; their product is the number of processes."""
+
+    pipeline: int = 1
+    data: int = 1
+    tensor: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.pipeline * self.data * self.tensor
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """(stage, copy, part) of a rank."""
+        rest, part = divmod(rank, self.tensor)
+        return *divmod(rest, self.data), part
+
+
+def degrees(c: Config, world: int) -> Degrees:
+    """The degrees of `c.parallel` on `world` processes; data = -1 takes what is left.
+
+    Raises InputError naming the two numbers that do not fit.
+    """
+    p, m, t = c.parallel, c.model, c.train
+    for name in ("tensor", "pipeline", "stages_per_rank"):
+        if getattr(p, name) < 1:
+            raise InputError(f"parallel.{name} = {getattr(p, name)} must be positive")
+    if p.data < 1 and p.data != -1:
+        raise InputError(f"parallel.data = {p.data}: expected a positive number, or -1")
+    inner = p.tensor * p.pipeline
+    data = max(world // inner, 1) if p.data == -1 else p.data
+    if data * inner != world:
+        product = f"parallel.tensor = {p.tensor} times parallel.pipeline = {p.pipeline}"
+        if p.data != -1:
+            product = f"parallel.data = {p.data} times {product}"
+        verb = "does not divide" if p.data == -1 else "is not"
+        raise InputError(f"{product} {verb} the {world} processes of this launch")
+    for count, what in (
+        (m.heads, "model.heads"), (m.vocab_size, "model.vocab_size"),
+        *([(c.data.seq_len, "data.seq_len")] if p.sequence else []),
+    ):  # fmt: skip
+        if count % p.tensor:
+            raise InputError(f"{what} = {count} is not divisible by parallel.tensor = {p.tensor}")
+    if p.sequence and p.tensor == 1:
+        raise InputError("parallel.sequence = true needs parallel.tensor > 1, which is 1")
+    stages = p.pipeline * p.stages_per_rank
+    if m.layers < stages:
+        raise InputError(f"model.layers = {m.layers} are fewer than the {stages} pipeline stages")
+    if t.batch_size % (data * t.micro_batch_size):
+        raise InputError(
+            f"train.batch_size = {t.batch_size} is not divisible by parallel.data = {data} times "
+            f"train.micro_batch_size = {t.micro_batch_size}"
+        )
+    return Degrees(p.pipeline, data, p.tensor)
