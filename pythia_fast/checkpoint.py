@@ -16,9 +16,9 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -29,6 +29,8 @@ from torch import Tensor
 from pythia_fast.config import Config, resolve
 from pythia_fast.data.files import sha256_file
 from pythia_fast.errors import CheckError, InputError
+from pythia_fast.parallel.mesh import Mesh
+from pythia_fast.pieces import Pieces
 from pythia_fast.progress import say
 from pythia_fast.storage import (
     kind,
@@ -92,34 +94,57 @@ def _is_step(name: str) -> bool:
 
 
 def save(
-    run_dir: Path, step: int, tensors: dict[str, Tensor], extra: dict[str, Any], permanent: bool
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Tensor | Pieces],
+    extra: dict[str, Any],
+    permanent: bool,
+    mesh: Mesh | None = None,
 ) -> Path:
     """Publishes `tensors` (flat names, any device) as <run>/checkpoints/step<N> and returns it.
 
     extra: plain JSON values that become keys of the manifest. A permanent checkpoint is never
-    pruned. Raises InputError where the step exists already or the disk refuses; what was there
-    before stays as it was.
+    pruned. mesh: the processes that save together, each what it holds; all call this. Raises
+    InputError (on all) where the step exists already or the disk refuses; what was there before
+    stays as it was.
     """
     if taken := extra.keys() & _OWN_KEYS:
         raise ValueError(f"extra: {min(taken)} is a key of every manifest")
     final = directory(run_dir, step)
-    if (final / MANIFEST).exists():
-        raise InputError(f"{final} exists already: a checkpoint is never overwritten")
-    remove_tree(final)  # of a deletion cut short
+    mesh = mesh or Mesh.alone(torch.device("cpu"))
     try:
-        with publish_directory(final) as temporary:
+        with ExitStack() as stack:
+
+            def begin() -> Path | None:
+                if not mesh.main:
+                    return None
+                if (final / MANIFEST).exists():
+                    raise InputError(f"{final} exists already: a checkpoint is never overwritten")
+                remove_tree(final)  # of a deletion cut short
+                return stack.enter_context(publish_directory(final))
+
+            temporary = mesh.together(begin)[0]
+            assert temporary is not None
             manifest = {
                 **extra,
                 "format": FORMAT,
                 "step": step,
                 "permanent": permanent,
                 "torch": torch.__version__,
-                "world": {"processes": 1},
-                "files": write_tensors(temporary, tensors),
+                "world": {"processes": mesh.degrees.world},
+                "files": write_tensors(temporary, tensors, mesh.control),
             }
-            write_synced(temporary / MANIFEST, _manifest_bytes(manifest))
+
+            def publish() -> None:
+                if mesh.main:
+                    write_synced(temporary / MANIFEST, _manifest_bytes(manifest))
+                    stack.close()
+
+            mesh.together(publish)
     except OSError as error:
-        raise InputError(_save_failure(run_dir, step, error)) from error
+        failure = InputError(_save_failure(run_dir, step, error))
+        failure.shared = True  # `together` raised its cause
+        raise failure from error
     return final
 
 
@@ -210,12 +235,20 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
         raise CheckError(f"{file} is of step {step}: the checkpoint is out of its place")
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify(path: Path, mesh: Mesh | None = None) -> dict[str, Any]:
     """Compares every file with the manifest (sha256) and returns the manifest.
 
-    Reads bytes and unpickles nothing. Raises CheckError naming the first file that is missing,
+    Reads bytes and unpickles nothing. mesh: processes that share the work; all call this.
+
+    Raises CheckError naming the first file that is missing,
     left over or changed; InputError where there is no manifest.
     """
+    mesh = mesh or Mesh.alone(torch.device("cpu"))
+    return mesh.together(lambda: _verify(path, mesh.rank, mesh.degrees.world))[0]
+
+
+def _verify(path: Path, rank: int, world: int) -> dict[str, Any]:
+    """Names and sizes of all files, and the sha256 of one in `world` of them."""
     manifest = read_manifest(path)
     files = manifest["files"]
     present = {entry.name for entry in path.iterdir()} - {MANIFEST}
@@ -228,11 +261,12 @@ def verify(path: Path) -> dict[str, Any]:
         if size != files[name]["bytes"]:
             raise CheckError(f"{path / name}: {size} bytes where {files[name]['bytes']} were saved")
     size = sum(entry["bytes"] for entry in files.values())
-    if size > 4e9:
+    if size > 4e9 and rank == 0:
         say(f"verifying {path} ({size / 1e9:.1f} GB)")
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        digests = pool.map(sha256_file, [path / name for name in sorted(files)])
-        for name, digest in zip(sorted(files), digests, strict=True):
+        mine = sorted(files)[rank::world]
+        digests = pool.map(sha256_file, [path / name for name in mine])
+        for name, digest in zip(mine, digests, strict=True):
             if digest != files[name]["sha256"]:
                 raise CheckError(f"{path / name} is damaged: its sha256 is not the saved one")
     return manifest
@@ -241,13 +275,23 @@ def verify(path: Path) -> dict[str, Any]:
 # --- loading --------------------------------------------------------------------------------------
 
 
-def load(path: Path, into: dict[str, Tensor]) -> dict[str, Any]:
+def load(
+    path: Path, into: Mapping[str, Tensor | Pieces], mesh: Mesh | None = None
+) -> dict[str, Any]:
     """Fills the tensors `into` in place, all the names of the checkpoint, and returns its manifest.
 
-    Verified first. Raises CheckError on damage, InputError naming the first tensor that is
+    Verified first. mesh: processes that load together, each what it holds; all call this.
+
+    Raises CheckError on damage, InputError naming the first tensor that is
     missing, unexpected, or of another shape or dtype.
     """
-    manifest = verify(path)
+    mesh = mesh or Mesh.alone(torch.device("cpu"))
+    manifest = verify(path, mesh)
+    mesh.together(lambda: _load(path, manifest, into))
+    return manifest
+
+
+def _load(path: Path, manifest: dict[str, Any], into: Mapping[str, Tensor | Pieces]) -> None:
     metadata = read_metadata(path, manifest["files"])
     saved = metadata.state_dict_metadata
     for name in into:
@@ -260,7 +304,6 @@ def load(path: Path, into: dict[str, Tensor]) -> dict[str, Any]:
         if here != there:
             raise InputError(f"{path}: {name} is {there}, expected {here}")
     read_tensors(path, metadata, into)
-    return manifest
 
 
 def load_all(path: Path, prefix: str = "model.") -> dict[str, Tensor]:

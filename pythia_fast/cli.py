@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pythia_fast import __version__
-from pythia_fast.command import Parser, add_command, print_rows
+from pythia_fast.command import Parser, add_command, print_rows, speaks
 from pythia_fast.data.cli import add_data_commands
-from pythia_fast.errors import CheckError, InputError
+from pythia_fast.errors import CheckError, Ending, InputError
 
 _OVERRIDE = re.compile(r"--([a-z_]+\.[a-z_]+|recipe)(=.*)?", re.DOTALL)
 
@@ -50,8 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(InputError(f"{where}{error.strerror or error}"), 2)
 
 
-def _fail(error: Exception, code: int) -> int:
-    print(f"pythia-fast: {' '.join(str(error).split())}", file=sys.stderr)
+def _fail(error: Ending, code: int) -> int:
+    """What all processes of a launch raise is said by the first."""
+    where = "" if error.rank is None else f"rank {error.rank}: "
+    if where or speaks():
+        print(f"pythia-fast: {where}{' '.join(str(error).split())}", file=sys.stderr)
     return code
 
 
@@ -97,8 +100,11 @@ def _train(options: argparse.Namespace) -> int:
     try:
         last = train(config, run)
     except Stopped as stopped:
-        print(f"pythia-fast: {stopped}; the same command continues", file=sys.stderr)
+        if speaks():
+            print(f"pythia-fast: {stopped}; the same command continues", file=sys.stderr)
         return 128 + stopped.signum
+    if not speaks():
+        return 0
     from pythia_fast.report.summary import summarise
 
     summary, text = summarise(config, run, last)

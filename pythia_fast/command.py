@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,6 +46,11 @@ def _keys_page(example: str) -> str:
     lines = [f"example: {example}", "", "every key of the page is a flag, --section.key value:"]
     lines += [f"  {name:27} {doc} ({default})" for name, default, doc in describe_keys()]
     return "\n".join(lines)
+
+
+def speaks() -> bool:
+    """Whether this is the process of a launch that prints what all have found."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_rows(options: argparse.Namespace, rows: list[dict[str, Any]], text: str) -> None:

@@ -25,6 +25,8 @@ from pythia_fast.loss_scale import LossScale
 from pythia_fast.ops import Ops
 from pythia_fast.parallel.data import Ownership
 from pythia_fast.parallel.mesh import Mesh
+from pythia_fast.parallel.tensor import split_dim
+from pythia_fast.pieces import Pieces, boxes_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -136,14 +138,30 @@ class AdamW:
         self._parameters = [(p, flat) for p, flat in self._parameters if id(p) in flats]
         return theirs
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor | Pieces]:
         """What a checkpoint holds: `model.`, `exp_avg.`, `exp_avg_sq.` + name, fp32 views."""
         buffers = {"model": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        alone = self.mesh.degrees.world == 1
         return {
-            f"{kind}.{name}": view
-            for kind, flat in buffers.items()
-            for name, view in self.views(flat).items()
+            f"{kind}.{name}": slot.of(own) if alone else self._pieces(own, name)
+            for kind, own in buffers.items()
+            for name, slot in self.slots.items()
         }
+
+    def _pieces(self, own: Tensor, name: str) -> Pieces:
+        """A parameter's boxes in one of the own buffers, at their place in the whole parameter."""
+        slot, mesh, dim = self.slots[name], self.mesh, split_dim(name)
+        whole, shift = list(slot.shape), [0] * len(slot.shape)
+        if dim is not None:
+            shift[dim] = mesh.part * whole[dim]
+            whole[dim] *= mesh.degrees.tensor
+        alone = (dim is not None or mesh.part == 0) and (self._sharded or mesh.copy == 0)
+        pieces = Pieces(torch.Size(whole), own.dtype, writes=alone)
+        for part, piece in zip(self.own.of_own(own), self.own.pieces, strict=True):
+            for offsets, box in boxes_of(part, piece, slot.start, slot.shape, slot.stride):
+                moved = torch.Size(o + s for o, s in zip(offsets, shift, strict=True))
+                pieces.boxes.append((moved, box))
+        return pieces
 
     @torch.no_grad()
     def sync_weights(self, from_model: bool = False) -> None:

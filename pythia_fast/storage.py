@@ -12,7 +12,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -21,12 +21,14 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 
 from pythia_fast.errors import CheckError
+from pythia_fast.parallel.mesh import together
+from pythia_fast.pieces import LoadPlanner, Pieces, SavePlanner
 
 METADATA = ".metadata"
 _BYTES_PER_FILE = 1 << 30  # a file, and a thread that writes it, for each GiB of tensors
@@ -93,8 +95,14 @@ def remove_tree(path: Path) -> None:
 # --- writing DCP files ----------------------------------------------------------------------------
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Writes the torch.distributed.checkpoint files; returns name -> {bytes, sha256}."""
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor | Pieces], group: ProcessGroup | None = None
+) -> dict[str, dict[str, Any]]:
+    """Writes the torch.distributed.checkpoint files; returns name -> {bytes, sha256}.
+
+    group: the CPU group of the processes that write one checkpoint together; None: this one alone.
+    All return all files. Raises OSError on all where one cannot write.
+    """
     size = sum(t.nbytes for t in tensors.values())
     writer = dcp.FileSystemWriter(
         path, sync_files=False, thread_count=min(1 + size // _BYTES_PER_FILE, _MAX_FILES)
@@ -103,14 +111,21 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str,
     writer.storage_meta = lambda: None  # type: ignore[method-assign]  # paths and ids of this host
     with _plain_errors():
         dcp.save(
-            tensors,
+            dict(tensors),
             storage_writer=writer,
-            planner=DefaultSavePlanner(flatten_state_dict=False),
-            no_dist=True,
+            planner=SavePlanner(flatten_state_dict=False),
+            process_group=group,
+            no_dist=group is None,
         )
-    disk.raise_failure()
-    read_metadata(path, disk.written)  # DCP hides what its threads raise: is every tensor there?
-    return disk.written
+
+    def mine() -> dict[str, dict[str, Any]]:
+        disk.raise_failure()
+        return disk.written
+
+    written = {name: entry for files in together(group, mine) for name, entry in files.items()}
+    # DCP hides what its threads raise: is every tensor there?
+    together(group, lambda: read_metadata(path, written) and None)
+    return written
 
 
 class _SyncedFiles(FileSystem):
@@ -207,8 +222,8 @@ def kind(entry: Any) -> tuple[torch.Size, torch.dtype]:
     return entry.size, entry.properties.dtype
 
 
-def read_tensors(path: Path, metadata: dcp.Metadata, into: dict[str, Tensor]) -> None:
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+def read_tensors(path: Path, metadata: dcp.Metadata, into: Mapping[str, Tensor | Pieces]) -> None:
+    planner = LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with _plain_errors():
             reader = _Reader(path, metadata)

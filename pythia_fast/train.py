@@ -253,14 +253,20 @@ class Trainer:
 
     # --- state on disk ---
 
+    def _newest(self) -> int | None:
+        """The newest complete checkpoint's step, as the main process sees the directory."""
+        if not self.mesh.main:
+            return None
+        checkpoint.clean(self.run_dir)
+        return checkpoint.newest(self.run_dir)
+
     def _load_newest(self) -> str:
         """Loads the newest complete checkpoint, or draws the initial weights.
 
         Returns the ledger's running digest there. Refuses a checkpoint of another recipe, and data
         that differ from what it was trained on.
         """
-        checkpoint.clean(self.run_dir)
-        step = checkpoint.newest(self.run_dir)
+        step = self.mesh.together(self._newest)[0]
         if step is None:
             self._initialise()
             return RUNNING_START
@@ -272,22 +278,33 @@ class Trainer:
             state = self.optimizer.state()
             weights_alone = imported and "updates" not in manifest
             wanted = {k: v for k, v in state.items() if k.startswith("model.") or not weights_alone}
-            checkpoint.load(path, wanted)
+            checkpoint.load(path, wanted, self.mesh)
         except CheckError as error:
             before = [s for s in checkpoint.steps(self.run_dir) if s < step]
             way_out = f"; remove {path} to continue from step {before[-1]}" if before else ""
-            raise CheckError(f"{error}{way_out}") from None
+            error.args = (f"{error}{way_out}",)
+            raise
         self.step = step
         self.optimizer.resume_at(manifest.get("updates", step), manifest.get("loss_scale"))
-        say(f"{'starting' if imported else 'resuming'} from {path}")
+        if self.mesh.main:
+            say(f"{'starting' if imported else 'resuming'} from {path}")
         self.first_step = manifest.get("first_step", step if imported else 0)
         if imported:
             return RUNNING_START
-        changed = manifest["data_files"] != ledger.files_state(self.config.data.prefix)
-        steps = ledger.to_verify(self.first_step, step, self.config.tokens_per_step, changed)
-        ledger.Ledger(self.run_dir, step, manifest["ledger"], self.first_step).close()
-        ledger.verify(self.run_dir, self.rows, self.config.train.batch_size, steps)
+        self.mesh.together(lambda: self._prove_data(manifest))
         return str(manifest["ledger"])
+
+    def _prove_data(self, manifest: dict[str, Any]) -> None:
+        """Raises InputError where ledger or data are not those that a checkpoint was trained on.
+
+        The main process reads for all.
+        """
+        if not self.mesh.main:
+            return
+        changed = manifest["data_files"] != ledger.files_state(self.config.data.prefix)
+        steps = ledger.to_verify(self.first_step, self.step, self.config.tokens_per_step, changed)
+        ledger.Ledger(self.run_dir, self.step, manifest["ledger"], self.first_step).close()
+        ledger.verify(self.run_dir, self.rows, self.config.train.batch_size, steps)
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -312,8 +329,11 @@ class Trainer:
         if self.optimizer.loss_scale is not None:
             extra["loss_scale"] = self.optimizer.loss_scale.state()
         permanent = self.step in self.permanent
-        checkpoint.save(self.run_dir, self.step, self.optimizer.state(), extra, permanent)
-        checkpoint.prune(self.run_dir, self.config.checkpoint.keep)
+        checkpoint.save(
+            self.run_dir, self.step, self.optimizer.state(), extra, permanent, self.mesh
+        )
+        if self.mesh.main:
+            checkpoint.prune(self.run_dir, self.config.checkpoint.keep)
 
 
 def _keep_freed_memory() -> None:

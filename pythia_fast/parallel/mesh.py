@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pythia_fast.config import Config
+from pythia_fast.errors import CheckError, Ending, InputError
 from pythia_fast.parallel.degrees import AXES, Degrees, degrees
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
+
+T = TypeVar("T")
 
 # torch 2.13 gave them new names and calls the old ones deprecated
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -55,6 +58,14 @@ class Mesh:
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.control)
         return int(found)
 
+    def together(self, action: Callable[[], T]) -> list[T]:
+        """What action() returned on every process, by rank.
+
+        Where it raises InputError, CheckError or OSError on one, all raise what the first raised:
+        nobody is left waiting, and all end the same way.
+        """
+        return together(self.control, action)
+
     def sum_(self, total: Tensor, axis: str) -> Tensor:
         """total ← its sum along an axis; returns it."""
         group = self.group(axis)
@@ -68,6 +79,25 @@ class Mesh:
             return None
         assert self.device_mesh is not None
         return self.device_mesh.get_group(axis)
+
+
+def together(group: ProcessGroup | None, action: Callable[[], T]) -> list[T]:
+    """`Mesh.together` on the processes of a CPU group; None: this one alone."""
+    if group is None:
+        return [action()]
+    outcome: tuple[T | None, Exception | None]
+    try:
+        outcome = action(), None
+    except (InputError, CheckError, OSError) as error:
+        outcome = None, error
+    outcomes: list[Any] = [None] * group.size()
+    dist.all_gather_object(outcomes, outcome, group=group)
+    for _, raised in outcomes:
+        if raised is not None:
+            if isinstance(raised, Ending):
+                raised.shared = True
+            raise raised
+    return [result for result, _ in outcomes]
 
 
 def world_size() -> int:
@@ -98,5 +128,8 @@ def joined(c: Config) -> Iterator[Mesh]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Mesh(found, rank, device)
+    except Ending as error:
+        error.rank = None if error.shared else rank
+        raise
     finally:
         dist.destroy_process_group()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.distributed.tensor.debug import CommDebugMode
 
+from pythia_fast import checkpoint
 from pythia_fast.config import Config, load
 from pythia_fast.data.loader import read_batch
 from pythia_fast.parallel.mesh import Mesh, joined
-from pythia_fast.train import Trainer
+from pythia_fast.train import Trainer, train
 
 
 def trainer_at_start(config: Config, mesh: Mesh, run: Path) -> Trainer:
@@ -61,3 +63,27 @@ def collectives(page: str, flags: list[str]) -> dict[str, int]:
         with counted:
             step(trainer, 1)
         return {str(op): n for op, n in counted.get_comm_counts().items() if n}
+
+
+def run(page: str, flags: list[str], directory: str) -> dict[str, Any]:
+    """Trains to the last step; the last row of metrics.jsonl."""
+    return train(load(page, flags), Path(directory))
+
+
+def carry(page: str, flags: list[str], source: str, target: str) -> None:
+    """Loads the newest checkpoint of run `source` and saves it again in run `target`."""
+    config = load(page, flags)
+    with joined(config) as mesh:
+        trainer = Trainer(config, Path(source), mesh)
+        step = checkpoint.newest(Path(source))
+        assert step is not None
+        checkpoint.load(checkpoint.directory(Path(source), step), trainer.optimizer.state(), mesh)
+        checkpoint.save(Path(target), step, trainer.optimizer.state(), {}, True, mesh)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """sha256 of every tensor of a run's newest checkpoint."""
+    step = checkpoint.newest(directory)
+    assert step is not None
+    tensors = checkpoint.load_all(checkpoint.directory(directory, step), prefix="")
+    return {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors.items()}
