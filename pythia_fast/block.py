@@ -60,6 +60,8 @@ class Sums(Protocol):
 
     def hand_over(self, parameters: Iterable[Tensor]) -> list[Tensor]: ...
 
+    def finished(self, grads: Iterable[Tensor]) -> None: ...
+
 
 class Tensors(NamedTuple):
     """The weights of a block, or their gradients."""
@@ -188,6 +190,7 @@ def block_bwd(
         totals += [block.below.grads.attention_out_bias, block.below.grads.mlp_out_bias]
         vectors += [d_below] * 2
     (torch._foreach_add_ if add else torch._foreach_copy_)(totals, vectors)
+    block.sums.finished([g.qkv, g.mlp, g.out, *totals])
     return dx
 
 
@@ -262,8 +265,12 @@ class Fused:
         """
         add = not self.sums.fresh
         if self.parts is None:
-            return linear_cross_entropy(x, self.head, targets, scale, None, self.head_grad, add=add)
-        return VocabularyHead.apply(x, self, targets, scale, add)
+            loss = linear_cross_entropy(x, self.head, targets, scale, None, self.head_grad, add=add)
+        else:
+            loss = VocabularyHead.apply(x, self, targets, scale, add)
+        if loss.requires_grad:
+            self.sums.finished([self.head_grad])
+        return loss
 
 
 class VocabularyHead(torch.autograd.Function):

@@ -23,7 +23,7 @@ from pythia_fast.config import Parallel, Precision
 from pythia_fast.flat import lay_out
 from pythia_fast.loss_scale import LossScale
 from pythia_fast.ops import Ops
-from pythia_fast.parallel.data import Ownership
+from pythia_fast.parallel.data import Ownership, Reduction
 from pythia_fast.parallel.mesh import Mesh
 from pythia_fast.parallel.tensor import split_dim
 from pythia_fast.pieces import Pieces, boxes_of
@@ -90,7 +90,7 @@ class AdamW:
         self.grad = self._zeros(layout.size, precision.gradients)
         self._sum = None  # of the ranks so far
         if precision.ranks > 1:
-            self._sum = self._zeros(layout.size, precision.gradient_sum)
+            self._sum = self._zeros(self.own.size, precision.gradient_sum)
         # the model's weights are views of `weight`; an update writes master and `_own_weight`
         wide = precision.compute == "fp32"
         in_master = wide and not self._sharded
@@ -107,6 +107,8 @@ class AdamW:
         self._scalars = torch.zeros(3, dtype=torch.float32, device=device)
         self._parameters = self._bind(model)
         self.fresh = self._first_rank = True  # the next gradient overwrites instead of adding
+        self.last = False  # the gradients of this microbatch are the last of the step
+        self._reduction = self._make_reduction()
         self._torch = self._make_torch_adamw() if self._backend() == "torch" else None
 
     # --- buffers and views ---
@@ -196,21 +198,47 @@ class AdamW:
         The sum is rounded to precision.gradients each time.
         """
         for parameter, flat in self._parameters:
-            assert parameter.grad is not None
-            if self.fresh:
-                flat.copy_(parameter.grad)
-            else:
-                flat.add_(parameter.grad)
-            parameter.grad = None
+            if parameter.grad is not None:  # else taken on the way
+                self._take(parameter, flat)
         self.fresh = False
+
+    def _take(self, parameter: nn.Parameter, flat: Tensor) -> None:
+        assert parameter.grad is not None
+        if self.fresh:
+            flat.copy_(parameter.grad)
+        else:
+            flat.add_(parameter.grad)
+        parameter.grad = None
+
+    def finished(self, grads: Iterable[Tensor]) -> None:
+        """These flat gradients have what this microbatch adds; of the last one they set off."""
+        if self._reduction is not None and self.last:
+            self._reduction.finished(grads)
+
+    def _make_reduction(self) -> Reduction | None:
+        """The sum over data-parallel processes, for which gradients are taken as they are made."""
+        if self._copies is None:
+            return None
+        for parameter, flat in self._parameters:
+
+            @torch.no_grad()
+            def take(p: nn.Parameter, flat: Tensor = flat) -> None:
+                self._take(p, flat)
+                self.finished([flat])
+
+            parameter.register_post_accumulate_grad_hook(take)
+        total = self._own_grad if self._sum is None else self._sum
+        views = [flat for _, flat in self._parameters]
+        return Reduction(self.grad, total, self.own, views, self._copies)
 
     @torch.no_grad()
     def end_rank(self) -> None:
         """Adds what one data-parallel rank accumulated to the sum over ranks, in its dtype.
 
-        The original's all-reduce adds in an order of its own; here it is that of the ranks.
+        The original's all-reduce adds in an order of its own; here it is that of the ranks. Ranks
+        that are processes add up in `apply`.
         """
-        if self._sum is not None:
+        if self._sum is not None and self._reduction is None:
             if self._first_rank:
                 self._sum.copy_(self.grad)
             else:
@@ -236,11 +264,10 @@ class AdamW:
         An update that overflowed under loss scaling is skipped: `updates` is as before `begin`, the
         norm is not finite. Raises CheckError where loss scaling gives up.
         """
-        if self._sum is not None:
-            self.grad.copy_(self._sum.mul_(1 / self.precision.ranks))
-        self._reduce()
+        self._add_up()
         norm = self._grad_norm()
         self.fresh = self._first_rank = True
+        self.last = False
         unscale = 1.0
         if self.loss_scale is not None:
             before, overflow = self.loss_scale.scale, not bool(norm.isfinite())
@@ -254,18 +281,18 @@ class AdamW:
         self._update(grad_scale=self._clip_factor(norm) / unscale)
         return norm
 
-    def _reduce(self) -> None:
-        """Adds up what the other processes have of each gradient."""
-        layout, part = self.layout, self.mesh.group("tensor")
+    def _add_up(self) -> None:
+        """_own_grad: the sum of all ranks and processes."""
+        if self._reduction is not None:
+            self._reduction.finish()
+        if self._sum is not None:
+            self._own_grad.copy_(self._sum.mul_(1 / self.precision.ranks))
+        part, below = self.mesh.group("tensor"), self.own.below
         if part is not None:  # partial where vocabulary, heads and 4h are (parallel/tensor.py)
-            end = layout.size if self.parallel.sequence else layout.row_biases_from
-            dist.all_reduce(self.grad[layout.replicated_from : end], group=part)
-        if self._copies is None:
-            return
-        if self._sharded:
-            self.own.reduce(self._own_grad, self.grad, self._copies)
-        else:
-            dist.all_reduce(self.grad, group=self._copies)
+            end = self.own.size if self.parallel.sequence else below(self.layout.row_biases_from)
+            partial = self._own_grad[below(self.layout.replicated_from) : end]
+            if partial.numel():
+                dist.all_reduce(partial, group=part)
 
     def _grad_norm(self) -> Tensor:
         """Norm of all gradients; replicated parameters count `norm_copies` times.

@@ -123,8 +123,11 @@ class Trainer:
         factor = optimizer.loss_factor  # of the loss before backward
         positions = tokens[:, 1:].numel() * self.mesh.degrees.data  # of the step
         loss = torch.zeros((), device=self.device)
-        for share in rank_shares(tokens, c):
-            for rows in share.split(c.train.micro_batch_size):
+        alone = self.mesh.degrees.data == 1  # else this process is one rank, and these its rows
+        for share in rank_shares(tokens, c) if alone else tokens[None]:
+            microbatches = share.split(c.train.micro_batch_size)
+            for rows in microbatches:
+                optimizer.last = rows is microbatches[-1]
                 micro_loss = self.model.loss(rows, factor / positions)
                 micro_loss.backward()
                 optimizer.accumulate()

@@ -154,7 +154,7 @@ ADAMW_MUTANTS = [
     Mutant("biases decay", "pythia_fast/flat.py", 'name.endswith("bias") or (', "("),
     Mutant("LayerNorms decay", "pythia_fast/flat.py", 'if "norm" in name:', "if False:"),
     Mutant("the second microbatch overwrites", "pythia_fast/optim.py", "if self.fresh:", "if True:"),
-    Mutant("gradients never start afresh", "pythia_fast/optim.py", "self.fresh = self._first_rank = True\n        unscale", "unscale"),
+    Mutant("gradients never start afresh", "pythia_fast/optim.py", "self.fresh = self._first_rank = True\n        self.last", "self.last"),
     Mutant("no clipping", "pythia_fast/optim.py", ".clamp(max=1.0)", ".clamp(min=1.0, max=1.0)"),
     Mutant("compute weights not written", "pythia_fast/optim.py", "self._torch.step()\n            self.sync_weights()", "self._torch.step()"),
     Mutant("no step before the first", "pythia_fast/optim.py", 'torch.tensor(float(c.step_offset), device', 'torch.tensor(0.0, device'),

@@ -263,7 +263,7 @@ GRADIENT_MUTANTS = [
     Mutant("divided before the sum", OPTIM, "self._sum.add_(self.grad)", "self._sum.add_(self.grad * 0.25)"),
     Mutant("never divided", OPTIM, "self._sum.mul_(1 / self.precision.ranks)", "self._sum"),
     Mutant("ranks run together", OPTIM, "self._first_rank, self.fresh = False, True", "self._first_rank = False"),
-    Mutant("the sum is never emptied", OPTIM, "self.fresh = self._first_rank = True\n        unscale", "self.fresh = True\n        unscale"),
+    Mutant("the sum is never emptied", OPTIM, "self.fresh = self._first_rank = True\n        self.last", "self.fresh = True\n        self.last"),
 ]  # fmt: skip
 
 

@@ -8,15 +8,22 @@ What a process updates of the flat buffers (`optim.AdamW`), by parallel.shard:
                 weights are gathered in the compute dtype, once a step
 
 A bucket is a range of the flat buffers in units of D aligned parts. Parts of a process in the order
-of their buckets are its own buffers, so that one launch updates them.
+of their buckets are its own buffers, so that one launch updates them. Gradients are summed, never
+averaged: the loss is divided by the positions of the whole step.
+
+Bytes that a process sends in a step of N parameters: 2·g·N·(D−1)/D for gradients of g bytes where
+nothing is sharded, else (g + w)·N·(D−1)/D with weights of w bytes.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 
 from pythia_fast.parallel.mesh import all_gather, reduce_scatter
 
@@ -60,12 +67,71 @@ class Ownership:
         for part, piece in zip(self.of_own(own), self.pieces, strict=True):
             part.copy_(flat[piece])
 
-    def reduce(self, own: Tensor, flat: Tensor, group: ProcessGroup) -> None:
-        """own ← the sum over processes of its pieces of flat."""
-        for part, bucket in zip(self.of_own(own), self.buckets, strict=True):
-            reduce_scatter(part, flat[bucket], group=group)
-
     def gather(self, flat: Tensor, own: Tensor, group: ProcessGroup) -> None:
         """flat ← every process's own."""
-        for part, bucket in zip(self.of_own(own), self.buckets, strict=True):
-            all_gather(flat[bucket], part, group=group)
+        running = [
+            all_gather(flat[bucket], part, group=group, async_op=True)
+            for part, bucket in zip(self.of_own(own), self.buckets, strict=True)
+        ]
+        for work in running:
+            work.wait()
+
+
+class Reduction:
+    """Adds a flat gradient up over data-parallel processes, a bucket at a time.
+
+    A bucket sets off as soon as `finished` has named all that lies in it, so that the last
+    microbatch's backward pass goes on meanwhile; what is never named sets off in `finish`. Every
+    process names in the same order.
+    """
+
+    def __init__(
+        self, grad: Tensor, total: Tensor, own: Ownership, views: Iterable[Tensor],
+        group: ProcessGroup,
+    ) -> None:  # fmt: skip
+        """grad: flat, what this process accumulates. total: where the sums of own elements go, in
+        the dtype in which they are formed; grad itself where that is its own and all are owned.
+        views: of grad, all that `finished` may name.
+        """
+        self.grad, self.own, self.group = grad, own, group
+        self.in_place = total is grad
+        self.totals = own.of_own(total)
+        self._starts = [bucket.start for bucket in own.buckets]
+        self._elements = [0] * len(own.buckets)
+        for view in views:
+            self._elements[self._bucket(view)] += view.numel()
+        self._left = list(self._elements)  # elements that are not finished
+        self._running: dict[int, tuple[Work, Tensor]] = {}  # with the source, which must live on
+
+    def finished(self, grads: Iterable[Tensor]) -> None:
+        """These views of grad are what they will be in this step."""
+        for view in grads:
+            bucket = self._bucket(view)
+            self._left[bucket] -= view.numel()
+            if self._left[bucket] == 0:
+                self._start(bucket)
+
+    def finish(self) -> None:
+        """Starts what has not been started, and waits for all sums."""
+        for bucket in range(len(self._left)):
+            if bucket not in self._running:
+                self._start(bucket)
+        for work, _ in self._running.values():
+            work.wait()
+        self._running = {}
+        self._left = list(self._elements)
+
+    def _bucket(self, view: Tensor) -> int:
+        return bisect_right(self._starts, view.storage_offset()) - 1
+
+    def _start(self, bucket: int) -> None:
+        source, total = self.grad[self.own.buckets[bucket]], self.totals[bucket]
+        if self.own.copies > 1:
+            source = source.to(total.dtype)
+            work = reduce_scatter(total, source, group=self.group, async_op=True)
+        else:
+            if not self.in_place:
+                total.copy_(source)
+            work = dist.all_reduce(total, group=self.group, async_op=True)
+        assert work is not None
+        self._running[bucket] = work, source

@@ -69,4 +69,9 @@ def degrees(c: Config, world: int) -> Degrees:
             f"train.batch_size = {t.batch_size} is not divisible by parallel.data = {data} times "
             f"train.micro_batch_size = {t.micro_batch_size}"
         )
+    if c.precision.gradients != "fp32" and data not in (1, c.precision.sum_ranks):
+        raise InputError(
+            f"parallel.data = {data} is not precision.sum_ranks = {c.precision.sum_ranks}: 16-bit "
+            "gradients add up over as many processes as ranks, or all on one"
+        )
     return Degrees(p.pipeline, data, p.tensor)

@@ -1,0 +1,200 @@
+"""Data parallelism against one process: the same rows, other orders of addition, nothing else.
+
+A microbatch has the same rows on any number of processes, so its gradient has the same bits, in
+bf16 too; what differs is the order in which the 8 microbatches of a step are added in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import data_parallel
+import pytest
+import tiny_run
+import torch
+from kernel_proof import BROKEN, Mutant
+from ranks import Ranks, RanksFailed
+
+# (8 − 1)·eps·Σ‖gₘ‖ bounds ‖difference‖ of two orders; Σ‖gₘ‖ is at most a few ‖g‖ here
+GRADIENTS = 5e-6
+# Adam follows signs where a gradient is rounding alone, but such weights do not move the loss
+LOSSES = 1e-5
+BF16_LOSSES = 2e-3  # a weight may be rounded the other way: half a unit in the last place of 2⁻⁸
+
+
+FP32 = ["--precision.compute", "fp32"]
+ON_OPS = [*FP32, "--optimizer.backend", "triton"]  # the op's update, not torch's AdamW
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with Ranks() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.make_page(tmp_path_factory.mktemp("data-parallel"))
+
+
+@pytest.fixture(scope="module")
+def alone(page: Path) -> dict[str, dict[str, Any]]:
+    backends = {"fp32": FP32, "bf16": ["--precision.compute", "bf16"], "fp32 on ops": ON_OPS}
+    return {name: data_parallel.steps(page, flags, 4) for name, flags in backends.items()}
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖a − b‖ / ‖b‖."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def check_equal(results: list[dict[str, Any]], one: dict[str, Any], losses: float) -> None:
+    for result in results:
+        for name, gradient in one["gradients"].items():
+            assert distance(result["gradients"][name], gradient) < GRADIENTS, name
+        assert result["norms"][0] == pytest.approx(one["norms"][0], rel=1e-6)
+        assert result["losses"][0] == pytest.approx(one["losses"][0], rel=1e-6)
+        assert result["losses"] == pytest.approx(one["losses"], rel=losses)
+        assert result["norms"] == pytest.approx(one["norms"], rel=20 * losses)
+        assert (result["losses"], result["norms"]) == (results[0]["losses"], results[0]["norms"])
+        for kind in ("weights", "master", "exp_avg_sq"):  # every process has the same bits
+            for name, value in result[kind].items():
+                assert torch.equal(value, results[0][kind][name]), (kind, name)
+        for name, weight in result["weights"].items():
+            assert torch.equal(weight, result["master"][name].to(weight.dtype)), name
+
+
+CASES = [
+    pytest.param(2, "optimizer", "fp32"),
+    pytest.param(2, "none", "bf16"),
+    pytest.param(4, "optimizer", "bf16"),
+    pytest.param(2, "optimizer", "fp32 on ops"),
+    pytest.param(2, "none", "fp32", marks=pytest.mark.parallel),
+    pytest.param(2, "optimizer", "bf16", marks=pytest.mark.parallel),
+    pytest.param(4, "none", "fp32", marks=pytest.mark.parallel),
+    pytest.param(4, "none", "bf16", marks=pytest.mark.parallel),
+    pytest.param(4, "optimizer", "fp32", marks=pytest.mark.parallel),
+    pytest.param(8, "optimizer", "fp32", marks=pytest.mark.parallel),
+    pytest.param(8, "none", "bf16", marks=pytest.mark.parallel),
+]
+
+
+@pytest.mark.parametrize("world,shard,compute", CASES)
+def test_steps_equal_those_of_one_process(
+    world: int, shard: str, compute: str, ranks: Ranks, page: Path, alone: dict[str, Any]
+) -> None:
+    flags = {"fp32": FP32, "fp32 on ops": ON_OPS}.get(compute, ["--precision.compute", compute])
+    results = ranks.call(world, data_parallel.steps, page, [*flags, "--parallel.shard", shard], 4)
+    check_equal(results, alone[compute], BF16_LOSSES if compute == "bf16" else LOSSES)
+    for result in results:
+        parts = world if shard == "optimizer" else 1
+        padding = 128 * world * result["buckets"]  # elements, at most
+        assert result["states"] * parts < alone["fp32"]["states"] + padding
+
+
+def test_buckets_set_off_while_the_backward_pass_runs(ranks: Ranks, page: Path) -> None:
+    """And it changes no bit."""
+    early, late = (
+        ranks.call(2, data_parallel.steps, page, ["--parallel.shard", shard], 2, bucket)
+        for shard, bucket in (("optimizer", 1), ("optimizer", 1 << 30))
+    )
+    check_early(early)
+    assert late[0]["buckets"] == 2
+    for name, weight in early[0]["weights"].items():
+        assert torch.equal(weight, late[0]["weights"][name]), name
+
+
+FP16 = """--precision.compute fp16 --precision.gradients fp16 --precision.sum_ranks 2
+--precision.loss_scaling hysteresis --optimizer.norm_copies 2 --optimizer.row_bias_copies 2""".split()
+
+
+def check_same_gradients(results: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    """Two terms have one order of addition, so they agree bit for bit."""
+    for result in results:
+        for name, gradient in one["gradients"].items():
+            assert torch.equal(result["gradients"][name], gradient), name
+
+
+UNSHARDED = ["--parallel.shard", "none"]
+DATA, OPTIM, LOADER = (
+    f"pythia_fast/{name}.py" for name in ("parallel/data", "optim", "data/loader")
+)
+MUTANTS = [
+    Mutant("all own the first part", DATA, "slice(bucket.start + self.copy * length, bucket.start + (self.copy + 1) * length)", "slice(bucket.start, bucket.start + length)"),
+    Mutant("sets off with its first gradient", DATA, "if self._left[bucket] == 0:", "if bucket not in self._running:"),
+    Mutant("a step's count is never refilled", DATA, "        self._running = {}\n        self._left = list(self._elements)\n", "        self._running = {}\n"),
+    Mutant("all train on the same rows", LOADER, "starts = range(self.copy * b,", "starts = range(0,"),
+    Mutant("rows in blocks", LOADER, "return [slice(start, start + b) for start in starts]", "return [slice(self.copy * len(starts) * b + i * b, self.copy * len(starts) * b + i * b + b) for i in range(len(starts))]"),
+    Mutant("norm of the own part", OPTIM, "            dist.all_reduce(square)\n", ""),
+    Mutant("norm of all copies", OPTIM, "square.zero_()", "pass"),
+    Mutant("weights not gathered", OPTIM, "        if self._sharded:\n            self._gather_weights()\n", ""),
+    Mutant("weights of torch's update not gathered", OPTIM, "if not from_model and self._sharded:", "if False:"),
+    Mutant("every microbatch sets off", OPTIM, "self._reduction is not None and self.last", "self._reduction is not None"),
+    Mutant("nothing sets off early", OPTIM, "self._reduction is not None and self.last", "False"),
+    Mutant("averaged", DATA, "        for work, _ in self._running.values():\n            work.wait()\n", "        for work, _ in self._running.values():\n            work.wait()\n        for total in self.totals:\n            total.div_(2)\n"),
+]  # fmt: skip
+
+
+def check_early(results: list[dict[str, Any]]) -> None:
+    """No bucket waits for the end of the backward pass."""
+    for result in results:
+        assert result["buckets"] == 5  # embed_in, two layers, embed_out, vectors
+        assert result["early"] == [5] * len(result["losses"])
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_mutants_are_killed(
+    mutant: Mutant, ranks: Ranks, page: Path, alone: dict[str, Any]
+) -> None:
+    def check(like: str, flags: list[str]) -> None:
+        results = ranks.call(2, data_parallel.steps_of_mutant, page, flags, 4, mutant)
+        check_equal(results, alone[like], LOSSES)
+        check_early(results)
+
+    def check_fp16() -> None:
+        one = data_parallel.steps(page, FP16, 1)
+        check_same_gradients(
+            ranks.call(2, data_parallel.steps_of_mutant, page, FP16, 1, mutant), one
+        )
+
+    killed = False
+    for case in (
+        lambda: check("fp32 on ops", ON_OPS),
+        lambda: check("fp32", FP32),
+        lambda: check("fp32", UNSHARDED),
+        check_fp16,
+    ):
+        try:
+            case()
+        except RanksFailed as failed:
+            said = " ".join(failed.errors.values())
+            assert not any(f"{error.__name__}:" in said for error in BROKEN), said
+            killed = True
+        except AssertionError:
+            killed = True
+    assert killed
+
+
+@pytest.mark.parametrize("total", ["fp32", "fp16"])
+@pytest.mark.parametrize("shard", ["none", "optimizer"])
+def test_ranks_that_are_processes_add_up_as_ranks_on_one_do(
+    total: str, shard: str, ranks: Ranks, page: Path
+) -> None:
+    flags = [*FP16, "--precision.gradient_sum", total]
+    one = data_parallel.steps(page, flags, 3)
+    results = ranks.call(2, data_parallel.steps, page, [*flags, "--parallel.shard", shard], 3)
+    check_same_gradients(results, one)
+    for result in results:
+        assert result["updates"] == one["updates"]
+        assert result["losses"] == pytest.approx(one["losses"], rel=1e-3)
+
+
+def test_ranks_of_another_number_are_refused(ranks: Ranks, page: Path) -> None:
+    flags = [*FP16, "--precision.sum_ranks", "4"]
+    with pytest.raises(RanksFailed) as failed:
+        ranks.call(2, data_parallel.steps, page, flags, 1)
+    message = "InputError: parallel.data = 2 is not precision.sum_ranks = 4"
+    assert all(message in error for error in failed.value.errors.values())
+    assert len(failed.value.errors) == 2

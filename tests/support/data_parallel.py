@@ -1,0 +1,89 @@
+"""What one process of several does in the tests of data parallelism."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from kernel_proof import Mutant, load_mutant
+from torch import Tensor
+
+import pythia_fast.flat
+import pythia_fast.optim
+import pythia_fast.train
+from pythia_fast.config import load
+from pythia_fast.data.loader import read_batch
+from pythia_fast.parallel.mesh import joined
+from pythia_fast.train import Trainer
+
+# clipped from the first step on, so that the norm reaches the weights; 8 microbatches a step
+SMALL = """
+--model.hidden 64 --model.heads 4 --train.batch_size 16 --train.micro_batch_size 2 --train.steps 8
+--optimizer.clip 0.5 --optimizer.warmup 0.1
+""".split()
+
+
+def steps(page: Path, flags: list[str], count: int, bucket: int = 1) -> dict[str, Any]:
+    """`count` steps from the initial weights, each process on its own rows.
+
+    losses, norms, lr; gradients of the first step and weights and moments of the last, whole;
+    early: buckets of the last step that set off before its backward pass was over, of how many.
+    """
+    pythia_fast.flat.BUCKET = bucket  # elements: else a small model has a single one
+    config = load(page, [*SMALL, *flags])
+    with joined(config) as mesh:
+        trainer = Trainer(config, page.parent / "no-run", mesh)
+        trainer._initialise()
+        losses, norms, early = [], [], []
+        reduction = trainer.optimizer._reduction
+        if reduction is not None:
+            finish = reduction.finish
+            reduction.finish = lambda: (early.append(len(reduction._running)), finish())  # type: ignore[method-assign]
+        for step in range(count):
+            loss, norm = trainer.train_step(tokens_of(trainer, step))
+            losses.append(loss.item())
+            norms.append(norm.item())
+            if step == 0:
+                gradients = held(trainer, trainer.optimizer._own_grad)
+        o = trainer.optimizer
+        return {
+            "losses": losses, "norms": norms, "updates": o.updates, "gradients": gradients,
+            "weights": {n: p.detach().clone() for n, p in trainer.model.named_parameters()},
+            "master": held(trainer, o.master), "exp_avg_sq": held(trainer, o.exp_avg_sq),
+            "early": early, "buckets": len(o.layout.buckets), "states": o.master.numel(),
+        }  # fmt: skip
+
+
+USED_BY = {  # what of a mutated file takes the place of the real one, and where
+    "pythia_fast/parallel/data.py": (pythia_fast.optim, ("Ownership", "Reduction")),
+    "pythia_fast/optim.py": (pythia_fast.train, ("AdamW",)),
+    "pythia_fast/data/loader.py": (pythia_fast.train, ("Share",)),
+}
+
+
+def steps_of_mutant(page: Path, flags: list[str], count: int, mutant: Mutant) -> dict[str, Any]:
+    user, names = USED_BY[mutant.file]
+    with TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        module = load_mutant(mutant, Path(directory))
+        for name in names:
+            patch.setattr(user, name, getattr(module, name))
+        return steps(page, flags, count)
+
+
+def tokens_of(trainer: Trainer, step: int) -> Tensor:
+    c = trainer.config
+    batch = read_batch(trainer.rows, step, c.train.batch_size, c.model.vocab_size, trainer._share())
+    return torch.from_numpy(batch.tokens.astype("int64"))
+
+
+def held(trainer: Trainer, own: Tensor) -> dict[str, Tensor]:
+    """A buffer of this process's own elements, whole; padding and gaps would show as NaN."""
+    o = trainer.optimizer
+    whole = own
+    if o._sharded:
+        whole = own.new_full((o.layout.size,), float("nan"))
+        o.own.gather(whole, own, o._copies)
+    return {name: view.clone() for name, view in o.views(whole).items()}
