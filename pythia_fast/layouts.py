@@ -96,12 +96,7 @@ class Held:
         if at.pipeline > 1 and at.schedule in ("gpipe", "zero-bubble"):
             logits *= held  # until the backward of the head, or its weights' half
         fused = c.precision.gradients == "fp32" and c.kernels.deterministic and not at.sequence
-        by_autograd = n
-        if fused:
-            by_autograd = sum(
-                chunk.embedding * m.vocab_size * m.hidden // at.tensor + chunk.head * 2 * m.hidden
-                for chunk in chunks
-            )
+        by_autograd = 2 * m.hidden * last if fused else n  # the last norm's
         layers = max(chunk.layers for chunk in chunks)
         return Memory(
             states=self._states(n),

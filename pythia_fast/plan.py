@@ -236,10 +236,10 @@ class Memory:
 def memory(
     m: Model, micro_tokens: int, gradient: int = 4, fused: bool = True, selective: bool = False
 ) -> Memory:
-    """gradient: bytes of what is accumulated a parameter. fused: blocks and head accumulate theirs
-    themselves, autograd those of the embedding and the last norm. selective: kernels.recompute.
+    """gradient: bytes of what is accumulated a parameter. fused: embedding, blocks and head
+    accumulate theirs themselves, autograd those of the last norm. selective: kernels.recompute.
     """
-    by_autograd = (m.vocab_size + 2) * m.hidden if fused else m.parameters
+    by_autograd = 2 * m.hidden if fused else m.parameters
     return Memory(
         states=(STATES + gradient) * m.parameters,
         gradients=2 * by_autograd,
