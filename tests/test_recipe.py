@@ -301,7 +301,7 @@ TRAIN = "pythia_fast/train.py"
 SHARE_MUTANTS = [
     Mutant("each rank a block of the step", TRAIN, "tokens.unflatten(0, micro).transpose(0, 1).flatten(1, 2)", "tokens.unflatten(0, (c.precision.ranks, -1))"),
     Mutant("rows dealt one by one", TRAIN, "tokens.unflatten(0, micro).transpose(0, 1).flatten(1, 2)", "tokens.unflatten(0, (-1, c.precision.ranks)).transpose(0, 1)"),
-    Mutant("ranks and microbatches swapped", TRAIN, "(c.accumulation, c.precision.ranks, c", "(c.precision.ranks, c.accumulation, c"),
+    Mutant("ranks and microbatches swapped", TRAIN, "(-1, c.precision.ranks, c.train", "(c.precision.ranks, -1, c.train"),
 ]  # fmt: skip
 
 
