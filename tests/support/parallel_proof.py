@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parallel_faults import fault
+from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from pythia_fast import checkpoint
 from pythia_fast.config import Config, load
 from pythia_fast.data.loader import read_batch
+from pythia_fast.optim import AdamW
 from pythia_fast.parallel.mesh import Mesh, joined
 from pythia_fast.train import Trainer, train
 
@@ -32,22 +35,30 @@ def step(trainer: Trainer, number: int) -> tuple[float, float]:
     return loss.item(), norm.item()
 
 
-def follow(page: str, flags: list[str], steps: int) -> dict[str, Any]:
-    """Losses, gradient norms, weights after `steps` steps, and this process's place."""
+def follow(page: str, flags: list[str], steps: int, faulty: str | None = None) -> dict[str, Any]:
+    """Losses, gradient norms, first moments after the first step, and this process's place."""
     config = load(page, flags)
-    with joined(config) as mesh:
+    with joined(config) as mesh, fault(faulty):
         trainer = trainer_at_start(config, mesh, Path(page).parent / "run")
-        found = [step(trainer, i) for i in range(steps)]
-        weights = {
-            name: p.detach().float().numpy().copy() for name, p in trainer.model.named_parameters()
-        }
+        found = [step(trainer, 0)]
+        moments = {n: t.numpy().copy() for n, t in whole(trainer.optimizer).items()}
+        found += [step(trainer, i) for i in range(1, steps)]
         valid = trainer.validate()
         place = {
             "part": mesh.part,
             "parts": mesh.degrees.tensor,
             "fused": trainer.model.fused is not None,
         }
-        return {"steps": np.array(found), "weights": weights, "valid": valid, **place}
+        return {"steps": np.array(found), "moments": moments, "valid": valid, **place}
+
+
+def whole(o: AdamW) -> dict[str, Tensor]:
+    """First moments by name, of this process's tensor-parallel part."""
+    flat = o.exp_avg
+    if o._sharded:
+        flat = o.exp_avg.new_empty(o.layout.size)
+        o.own.gather(flat, o.exp_avg, o._copies)
+    return o.views(flat)
 
 
 def collectives(page: str, flags: list[str]) -> dict[str, int]:
@@ -62,18 +73,19 @@ def collectives(page: str, flags: list[str]) -> dict[str, int]:
         modules.module_parents_dict[""] = set()
         with counted:
             step(trainer, 1)
-        return {str(op): n for op, n in counted.get_comm_counts().items() if n}
+        return {str(op).partition(".")[2]: n for op, n in counted.get_comm_counts().items() if n}
 
 
-def run(page: str, flags: list[str], directory: str) -> dict[str, Any]:
+def run(page: str, flags: list[str], directory: str, faulty: str | None = None) -> dict[str, Any]:
     """Trains to the last step; the last row of metrics.jsonl."""
-    return train(load(page, flags), Path(directory))
+    with fault(faulty):
+        return train(load(page, flags), Path(directory))
 
 
-def carry(page: str, flags: list[str], source: str, target: str) -> None:
+def carry(page: str, flags: list[str], source: str, target: str, faulty: str | None = None) -> None:
     """Loads the newest checkpoint of run `source` and saves it again in run `target`."""
     config = load(page, flags)
-    with joined(config) as mesh:
+    with joined(config) as mesh, fault(faulty):
         trainer = Trainer(config, Path(source), mesh)
         step = checkpoint.newest(Path(source))
         assert step is not None

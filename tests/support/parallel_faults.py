@@ -1,0 +1,64 @@
+"""Deliberate faults of parallel training: what a test that passes without them must not survive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
+
+from pythia_fast import block, train
+from pythia_fast.optim import AdamW
+from pythia_fast.parallel import tensor
+from pythia_fast.pieces import Pieces
+
+
+def _first_part(name: str, whole: Tensor, parts: int, part: int) -> Tensor:
+    return tensor.local_part(name, whole, parts, 0)
+
+
+def _silent_sum(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    return dy, None
+
+
+def _replicated_counted_by_all(self: AdamW) -> Tensor:
+    part, self.mesh.part = self.mesh.part, 0
+    try:
+        return _grad_norm(self)
+    finally:
+        self.mesh.part = part
+
+
+def _bias_twice(x: Tensor, *rest: Any, **named: Any) -> Any:
+    y, saved = _block_fwd(x, *rest, **named)
+    return y + rest[0].weights.attention_out_bias, saved
+
+
+def _shifted(self: AdamW, own: Tensor, name: str) -> Pieces:
+    part, self.mesh.part = self.mesh.part, self.mesh.degrees.tensor - 1 - self.mesh.part
+    try:
+        return _pieces(self, own, name)
+    finally:
+        self.mesh.part = part
+
+
+_grad_norm, _pieces, _block_fwd = AdamW._grad_norm, AdamW._pieces, block.block_fwd
+
+FAULTS = {
+    "every process draws the first part": (train, "local_part", _first_part),
+    "partial gradients of the norms' input": (tensor.SumBackward, "backward", staticmethod(_silent_sum)),
+    "replicated gradients in the norm once a process": (AdamW, "_grad_norm", _replicated_counted_by_all),
+    "a row bias once a process": (block, "block_fwd", _bias_twice),
+    "boxes of the other process": (AdamW, "_pieces", _shifted),
+}  # fmt: skip
+
+
+@contextmanager
+def fault(name: str | None) -> Iterator[None]:
+    if name is None:
+        yield
+    else:
+        with patch.object(*FAULTS[name][:2], FAULTS[name][2]):
+            yield
