@@ -31,6 +31,7 @@ its dx is this block's dy, and its norms' kernel sums dx before it is rounded.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -244,13 +245,19 @@ class Fused:
         parts: ProcessGroup | None = None,
     ) -> None:
         """parts: the tensor-parallel processes; None: this one has whole layers."""
-        layers = cast(Iterable[Layer], model.gpt_neox.layers)
-        self.blocks = [Block(layer, sums, recompute, parts) for layer in layers]
-        for below, above in zip(self.blocks, self.blocks[1:], strict=False):
-            above.below, below.is_top = below, False
-        self.sums, self.head, self.ops, self.parts = sums, model.embed_out.weight, model.ops, parts
-        self.embedding = model.gpt_neox.embed_in.weight
-        self.embedding_grad, self.head_grad = sums.hand_over([self.embedding, self.head])
+        layers = cast(dict[str, Layer], model.gpt_neox.layers._modules)
+        self.blocks = [Block(layer, sums, recompute, parts) for layer in layers.values()]
+        numbered = zip(map(int, layers), self.blocks, strict=True)
+        for (i, below), (j, above) in pairwise(numbered):
+            if j == i + 1:  # else another stage of a pipeline begins
+                above.below, below.is_top = below, False
+        self.sums, self.ops, self.parts = sums, model.ops, parts
+        if hasattr(model.gpt_neox, "embed_in"):
+            self.embedding = model.gpt_neox.embed_in.weight
+            (self.embedding_grad,) = sums.hand_over([self.embedding])
+        if hasattr(model, "embed_out"):
+            self.head = model.embed_out.weight
+            (self.head_grad,) = sums.hand_over([self.head])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """x (B, T, h) of tokens (B, T) int64."""

@@ -287,19 +287,25 @@ def load(
     """
     mesh = mesh or Mesh.alone(torch.device("cpu"))
     manifest = verify(path, mesh)
-    mesh.together(lambda: _load(path, manifest, into))
+    names = {name for held in mesh.together(lambda: list(into)) for name in held}
+    mesh.together(lambda: _load(path, manifest, into, names))
     return manifest
 
 
-def _load(path: Path, manifest: dict[str, Any], into: Mapping[str, Tensor | Pieces]) -> None:
+def _load(
+    path: Path, manifest: dict[str, Any], into: Mapping[str, Tensor | Pieces], names: set[str]
+) -> None:
+    """names: what all processes load together."""
     metadata = read_metadata(path, manifest["files"])
     saved = metadata.state_dict_metadata
     for name in into:
         if name not in saved:
             raise InputError(f"{path} does not hold the tensor {name}")
     for name, entry in saved.items():
-        if name not in into:
+        if name not in names:
             raise InputError(f"{path} holds the tensor {name}, which is not expected")
+        if name not in into:
+            continue
         here, there = _describe(into[name].shape, into[name].dtype), _describe(*kind(entry))
         if here != there:
             raise InputError(f"{path}: {name} is {there}, expected {here}")

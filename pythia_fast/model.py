@@ -87,6 +87,9 @@ class GPTNeoX(nn.Module):
         """x: the embedded tokens (B, T, h)."""
         for block in blocks:
             x = block(x)
+        return self.final(x)
+
+    def final(self, x: Tensor) -> Tensor:
         norm = self.final_layer_norm
         return self.ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
@@ -105,21 +108,23 @@ class Pythia(nn.Module):
 
     def forward(self, tokens: Tensor, attend: list[Attend] | None = None) -> Tensor:
         """attend: one callable a layer in place of causal attention (generation has a cache)."""
-        return self.embed_out(self._body(tokens, self._blocks(tokens, attend)))
+        blocks = self.blocks(tokens.shape[1], tokens.device, attend)
+        return self.embed_out(self.gpt_neox(self.embed(tokens), blocks))
 
-    def _body(self, tokens: Tensor, blocks: list[Callable[[Tensor], Tensor]]) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """x (B, T, h) of tokens (B, T)."""
         if self.fused is not None:
-            return self.gpt_neox(self.fused.embed(tokens), blocks)
-        return self.gpt_neox(self.ops.embedding(tokens, self.gpt_neox.embed_in.weight), blocks)
+            return self.fused.embed(tokens)
+        return self.ops.embedding(tokens, self.gpt_neox.embed_in.weight)
 
-    def _blocks(
-        self, tokens: Tensor, attend: list[Attend] | None
+    def blocks(
+        self, length: int, device: torch.device, attend: list[Attend] | None = None
     ) -> list[Callable[[Tensor], Tensor]]:
-        """x -> y of each layer: on its own ops, or as one fused function."""
+        """x -> y of each layer for T = length: on its own ops, or as one fused function."""
         layers = self.gpt_neox.layers
         if attend is not None:
             return [partial(y, attend=a) for y, a in zip(layers, attend, strict=True)]
-        cos, sin = self.rotary_tables(tokens.shape[1], tokens.device)
+        cos, sin = self.rotary_tables(length, device)
         if self.fused is not None:
             return [partial(block, cos=cos, sin=sin) for block in self.fused.blocks]
         return [partial(y, attend=lambda qkv: self.ops.attention(qkv, cos, sin)) for y in layers]
@@ -127,7 +132,11 @@ class Pythia(nn.Module):
     def loss(self, rows: Tensor, scale: float | None = None) -> Tensor:
         """Next-token loss of rows (B, T + 1) int64: scale·Σ, or the mean where scale is None."""
         tokens, targets = rows[:, :-1], rows[:, 1:].flatten()
-        x = self._body(tokens, self._blocks(tokens, None)).flatten(0, 1)
+        x = self.gpt_neox(self.embed(tokens), self.blocks(tokens.shape[1], tokens.device))
+        return self.head_loss(x.flatten(0, 1), targets, scale)
+
+    def head_loss(self, x: Tensor, targets: Tensor, scale: float | None) -> Tensor:
+        """`loss` from the normalised x (M, h); targets (M,)."""
         if self.fused is not None:
             return self.fused.loss(x, targets, scale)
         return self.ops.cross_entropy(self.embed_out(x), targets, scale)

@@ -35,6 +35,7 @@ from pythia_fast.model import Pythia, initial_weights
 from pythia_fast.ops import select
 from pythia_fast.optim import AdamW, learning_rate
 from pythia_fast.parallel.mesh import Mesh, joined, local_device
+from pythia_fast.parallel.pipeline import Pipeline, keep_own
 from pythia_fast.parallel.tensor import local_part, localise, tensor_ops
 from pythia_fast.progress import say
 
@@ -65,10 +66,15 @@ class Trainer:
         if (parts := self.mesh.group("tensor")) is not None:
             self.model = Pythia(c.model, tensor_ops(ops, parts, c.parallel.sequence))
             localise(self.model, self.mesh.degrees.tensor)
+        if self.mesh.group("pipeline") is not None:
+            keep_own(self.model, c, self.mesh)
         self.optimizer = AdamW(
             self.model, c.optimizer, c.precision, ops, self.device, self.mesh, c.parallel
         )
         self._fuse()
+        self.pipeline: Pipeline | None = None
+        if self.mesh.group("pipeline") is not None:
+            self.pipeline = Pipeline(self.model, self.optimizer, c, self.mesh)
         self.compute: Compute = self._on_device
         if c.kernels.graph:
             self.compute = graphed(self._on_device, self.device, self._obstacle())
@@ -91,7 +97,7 @@ class Trainer:
 
         if c.parallel.sequence:
             return
-        if block.takes(c.model.head_dim, c.model.rotary_dim, model.embed_out.weight.dtype):
+        if block.takes(c.model.head_dim, c.model.rotary_dim, self.optimizer.weight.dtype):
             recompute = c.kernels.recompute == "selective"
             model.fused = block.Fused(model, self.optimizer, recompute, self.mesh.group("tensor"))
 
@@ -122,6 +128,9 @@ class Trainer:
         tokens = tokens.to(self.device, non_blocking=True)
         factor = optimizer.loss_factor  # of the loss before backward
         positions = tokens[:, 1:].numel() * self.mesh.degrees.data  # of the step
+        if self.pipeline is not None:
+            loss = self.pipeline.step(tokens, factor / positions)
+            return self.mesh.sum_(loss, "data") / factor, optimizer.apply()
         loss = torch.zeros((), device=self.device)
         alone = self.mesh.degrees.data == 1  # else this process is one rank, and these its rows
         for share in rank_shares(tokens, c) if alone else tokens[None]:
@@ -140,6 +149,8 @@ class Trainer:
         """Why a step here cannot be recorded."""
         if self.optimizer.loss_scale is not None:
             return "since loss scaling decides on the host whether a step counts"
+        if self.pipeline is not None:
+            return "since a pipeline's schedule sends and receives"
         if self.model.fused is None:
             return "since its blocks are not fused"
         if not self.optimizer.on_kernels:
@@ -152,9 +163,11 @@ class Trainer:
         assert self.valid_tokens is not None
         tokens = self._staged(self.valid_tokens).to(self.device, non_blocking=True)
         scale = 1.0 / (tokens.shape[0] * (tokens.shape[1] - 1))
-        rows = tokens.split(self.config.train.micro_batch_size)
-        mine = rows[self.mesh.copy :: self.mesh.degrees.data]
-        total = sum((self.model.loss(r, scale) for r in mine), torch.zeros((), device=self.device))
+        mine = tokens.split(self.config.train.micro_batch_size)[
+            self.mesh.copy :: self.mesh.degrees.data
+        ]
+        loss = self.model.loss if self.pipeline is None else self.pipeline.evaluate
+        total = sum((loss(rows, scale) for rows in mine), torch.zeros((), device=self.device))
         return self.mesh.sum_(total, "data").item()
 
     # --- the loop ---

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
-from parallel_faults import FAULTS
 from parallel_proof import carry, collectives, digests, follow, run
 from ranks import Ranks
 
@@ -157,7 +156,15 @@ def test_a_run_goes_on_in_another_layout(ranks: Ranks, page: str, tmp_path: Path
     assert ledger == (tmp_path / "whole" / "ledger.jsonl").read_text()
 
 
-@pytest.mark.parametrize("fault", sorted(FAULTS.keys() - {"boxes of the other process"}))
+FAULTS = (
+    "every process draws the first part",
+    "partial gradients of the norms' input",
+    "replicated gradients in the norm once a process",
+    "a row bias once a process",
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_faults_of_training_are_seen(
     ranks: Ranks, page: str, alone: dict[str, Any], alone_on_kernels: dict[str, Any], fault: str
 ) -> None:

@@ -10,8 +10,10 @@ from unittest.mock import patch
 from torch import Tensor
 
 from pythia_fast import block, train
+from pythia_fast.config import Config
 from pythia_fast.optim import AdamW
 from pythia_fast.parallel import tensor
+from pythia_fast.parallel.pipeline import Pipeline, Stage
 from pythia_fast.pieces import Pieces
 
 
@@ -44,6 +46,21 @@ def _shifted(self: AdamW, own: Tensor, name: str) -> Pieces:
         self.mesh.part = part
 
 
+def _without_the_last(self: Pipeline, losses: list[Tensor]) -> Tensor:
+    return _summed(self, losses[:-1])
+
+
+def _divided(self: Pipeline, tokens: Tensor, scale: float) -> Tensor:
+    return _step(self, tokens, scale / self.microbatches) * self.microbatches
+
+
+def _one_too_many(self: Stage, model: Any, layers: range, c: Config) -> None:
+    _stage(self, model, layers, c)
+    if self.last:
+        self.layers = range(layers.start + 1, layers.stop)
+
+
+_summed, _step, _stage = Pipeline._summed, Pipeline.step, Stage.__init__
 _grad_norm, _pieces, _block_fwd = AdamW._grad_norm, AdamW._pieces, block.block_fwd
 
 FAULTS = {
@@ -51,6 +68,9 @@ FAULTS = {
     "partial gradients of the norms' input": (tensor.SumBackward, "backward", staticmethod(_silent_sum)),
     "replicated gradients in the norm once a process": (AdamW, "_grad_norm", _replicated_counted_by_all),
     "a row bias once a process": (block, "block_fwd", _bias_twice),
+    "the loss of a microbatch is lost": (Pipeline, "_summed", _without_the_last),
+    "gradients divided by the microbatches": (Pipeline, "step", _divided),
+    "a layer left out": (Stage, "__init__", _one_too_many),
     "boxes of the other process": (AdamW, "_pieces", _shifted),
 }  # fmt: skip
 

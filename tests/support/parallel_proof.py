@@ -41,6 +41,9 @@ def follow(page: str, flags: list[str], steps: int, faulty: str | None = None) -
     with joined(config) as mesh, fault(faulty):
         trainer = trainer_at_start(config, mesh, Path(page).parent / "run")
         found = [step(trainer, 0)]
+        gradients = {
+            n: g.clone().numpy() for n, g in trainer.optimizer.views(trainer.optimizer.grad).items()
+        }
         moments = {n: t.numpy().copy() for n, t in whole(trainer.optimizer).items()}
         found += [step(trainer, i) for i in range(1, steps)]
         valid = trainer.validate()
@@ -49,7 +52,13 @@ def follow(page: str, flags: list[str], steps: int, faulty: str | None = None) -
             "parts": mesh.degrees.tensor,
             "fused": trainer.model.fused is not None,
         }
-        return {"steps": np.array(found), "moments": moments, "valid": valid, **place}
+        return {
+            "steps": np.array(found),
+            "moments": moments,
+            "gradients": gradients,
+            "valid": valid,
+            **place,
+        }
 
 
 def whole(o: AdamW) -> dict[str, Tensor]:

@@ -1,0 +1,195 @@
+"""Pipelines of gloo processes against one process: gradients to the bit, every schedule."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_run
+from parallel_proof import carry, digests, follow, run
+from ranks import Ranks, RanksFailed
+
+from pythia_fast.config import resolve
+from pythia_fast.parallel.pipeline import layers_of_stages
+
+SMALL = """
+--model.layers 8 --model.heads 4 --train.micro_batch_size 1 --train.batch_size 8 --train.steps 4
+--optimizer.clip 0.5 --optimizer.warmup 0.1 --optimizer.backend triton --parallel.shard none
+""".split()  # torch's AdamW would leave clipped gradients behind
+LOSS = 1e-6  # the norm's squares are added in parts, which moves the clip factor by rounding
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with Ranks() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny_run.make_page(tmp_path_factory.mktemp("pipeline")))
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: Ranks, page: str) -> dict[str, Any]:
+    return ranks.call(1, follow, page, SMALL, 3)[0]
+
+
+def check(found: list[dict[str, Any]], one: dict[str, Any], exact: bool = True) -> None:
+    """Losses and, where only a pipeline splits the model, gradients of every parameter."""
+    held: set[str] = set()
+    for process in found:
+        assert process["steps"][0, 0] == pytest.approx(one["steps"][0, 0], rel=0 if exact else LOSS)
+        np.testing.assert_allclose(process["steps"], one["steps"], rtol=LOSS)
+        assert process["valid"] == pytest.approx(one["valid"], rel=LOSS)
+        held |= process["gradients"].keys()
+        for name, gradient in process["gradients"].items() if exact else ():
+            np.testing.assert_array_equal(gradient, one["gradients"][name], err_msg=name)
+    assert held == one["gradients"].keys()
+
+
+def pipe(degree: int, schedule: str, stages: int = 1, *more: str) -> list[str]:
+    flags = ["--parallel.pipeline", str(degree), "--parallel.schedule", schedule]
+    return [*flags, "--parallel.stages_per_rank", str(stages), *more]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pipe(2, "gpipe"),
+        pipe(4, "1f1b"),
+        pipe(2, "interleaved-1f1b", 2),
+        pipe(2, "zero-bubble", 2),
+        *(
+            pytest.param(flags, marks=pytest.mark.parallel)
+            for flags in (
+                pipe(4, "gpipe"),
+                pipe(2, "1f1b"),
+                pipe(2, "1f1b", 1, "--train.micro_batch_size", "2"),
+                pipe(4, "1f1b", 1, "--train.micro_batch_size", "4"),  # 2 microbatches
+                pipe(2, "interleaved-1f1b", 4),
+                pipe(4, "interleaved-1f1b", 2),
+                pipe(2, "zero-bubble"),
+                pipe(4, "zero-bubble", 2),
+                pipe(8, "1f1b"),
+            )
+        ),
+    ],
+    ids=lambda flags: " ".join(f for f in flags if not f.startswith("--")),
+)
+def test_a_pipeline_has_the_gradients_of_one_process(
+    ranks: Ranks, page: str, alone: dict[str, Any], flags: list[str]
+) -> None:
+    one = alone
+    if "--train.micro_batch_size" in flags:
+        size = flags[flags.index("--train.micro_batch_size") + 1]
+        one = ranks.call(1, follow, page, [*SMALL, "--train.micro_batch_size", size], 3)[0]
+    check(ranks.call(int(flags[1]), follow, page, [*SMALL, *flags], 3), one)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved-1f1b"])
+def test_in_bf16_gradients_add_up_in_fp32(ranks: Ranks, page: str, schedule: str) -> None:
+    """Microbatch by microbatch, as one process does: to the bit."""
+    bf16 = [*SMALL, "--precision.compute", "bf16"]
+    one = ranks.call(1, follow, page, bf16, 1)[0]
+    flags = pipe(2, schedule, 2 if schedule == "interleaved-1f1b" else 1)
+    check(ranks.call(2, follow, page, [*bf16, *flags], 1), one)
+
+
+@pytest.mark.parametrize(
+    ("world", "more"),
+    [
+        (4, ["--parallel.tensor", "2"]),
+        (4, ["--parallel.shard", "optimizer"]),
+        pytest.param(
+            4, ["--parallel.tensor", "2", "--parallel.sequence", "true"], marks=pytest.mark.parallel
+        ),
+        pytest.param(8, ["--parallel.tensor", "2"], marks=pytest.mark.parallel),
+        pytest.param(8, ["--parallel.tensor", "4"], marks=pytest.mark.parallel),
+        pytest.param(8, ["--parallel.shard", "optimizer"], marks=pytest.mark.parallel),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else str(v),
+)
+def test_a_pipeline_beside_other_axes(
+    ranks: Ranks, page: str, alone: dict[str, Any], world: int, more: list[str]
+) -> None:
+    found = ranks.call(world, follow, page, [*SMALL, *pipe(2, "1f1b"), *more], 3)
+    check(found, alone, exact=False)
+
+
+def test_the_fused_blocks_of_a_stage(ranks: Ranks, page: str) -> None:
+    flags = [*SMALL, "--kernels.backend", "triton", "--model.hidden", "128", "--model.layers", "4"]
+    flags += ["--train.batch_size", "2"]
+    one = ranks.call(1, follow, page, flags, 1)[0]
+    found = ranks.call(2, follow, page, [*flags, *pipe(2, "interleaved-1f1b", 2)], 1)
+    assert all(process["fused"] for process in found)
+    check(found, one, exact=False)
+    for process in found:  # but for what a block's neighbour adds up on the way: bo and b2
+        for name, gradient in process["gradients"].items():
+            close = {"rtol": 1e-5, "atol": 1e-6 * np.abs(one["gradients"][name]).max()}
+            np.testing.assert_allclose(gradient, one["gradients"][name], **close, err_msg=name)
+
+
+def test_checkpoints_pass_between_pipelines(ranks: Ranks, page: str, tmp_path: Path) -> None:
+    source = tmp_path / "trained"
+    ranks.call(4, run, page, [*SMALL, *pipe(2, "1f1b"), "--parallel.tensor", "2"], str(source))
+    wanted = digests(source)
+    assert len(wanted) == 3 * (12 * 8 + 4)
+    shard = ["--parallel.shard", "optimizer"]
+    chain = [(1, []), (4, pipe(4, "1f1b")), (2, pipe(2, "interleaved-1f1b", 2)),
+             (4, [*pipe(2, "1f1b"), *shard]), (2, ["--parallel.tensor", "2"])]  # fmt: skip
+    for i, (world, flags) in enumerate(chain):
+        target = tmp_path / f"carried{i}"
+        ranks.call(world, carry, page, [*SMALL, *flags], str(source), str(target))
+        assert digests(target) == wanted, flags
+        source = target
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (pipe(2, "1f1b", 2), "stages_per_rank = 2 needs"),
+        (pipe(2, "interleaved-1f1b", 2, "--train.batch_size", "5"), "5 microbatches a step are not divisible by parallel.pipeline = 2"),
+        (pipe(2, "zero-bubble", 1, "--precision.compute", "bf16"), "precision.compute = 'bf16' would round them"),
+        (pipe(2, "zero-bubble", 1, "--kernels.backend", "triton", "--model.hidden", "128"), "which the fused block has not"),
+        (pipe(2, "interleaved-1f1b", 5), "model.layers = 8 are fewer than the 10 pipeline stages"),
+    ],
+    ids=lambda v: None if isinstance(v, list) else v[:24],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(ranks: Ranks, page: str, flags: list[str], said: str) -> None:
+    with pytest.raises(RanksFailed) as failed:
+        ranks.call(2, follow, page, [*SMALL, *flags], 1)
+    assert all("InputError" in text and said in text for text in failed.value.errors.values())
+
+
+@pytest.mark.parametrize("size", ["70m", "160m", "12b"])
+def test_stages_hold_every_layer_once_and_the_head_weighs(size: str) -> None:
+    for degree, stages in itertools.product((2, 3), (1, 2)):
+        config = resolve({
+            "model.preset": f"pythia-{size}", "parallel.pipeline": degree,
+            "parallel.stages_per_rank": stages, "train.micro_batch_size": 8,
+        })  # fmt: skip
+        cut = layers_of_stages(config)
+        assert [i for stage in cut for i in stage] == list(range(config.model.layers))
+        assert len(cut) == degree * stages and all(cut)
+        assert len(cut[-1]) <= min(len(stage) for stage in cut)
+        if size == "160m" and (degree, stages) == (2, 1):  # head: 38.6 M of 4·(7.1 M) a layer
+            assert len(cut[0]) > len(cut[1])
+
+
+FAULTS = (
+    "the loss of a microbatch is lost",
+    "gradients divided by the microbatches",
+    "a layer left out",
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_seen(ranks: Ranks, page: str, alone: dict[str, Any], fault: str) -> None:
+    found = ranks.call(2, follow, page, [*SMALL, *pipe(2, "1f1b")], 3, fault)
+    with pytest.raises(AssertionError):
+        check(found, alone)
