@@ -93,12 +93,12 @@ def on_trainer(
     return Stepper(model, trainer.train_step, model.loss, gradients)
 
 
-def _taken(model: nn.Module, factor: float = 1.0) -> Named:
-    """Every gradient over the loss's factor, in fp32; each is freed as the next is asked for."""
+def _taken(model: nn.Module) -> Named:
+    """Every gradient, in fp32; each is freed as the next is asked for."""
     for name, parameter in model.named_parameters():
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None:
-            yield _ours(name), gradient.float() / factor
+            yield _ours(name), gradient.float()
 
 
 @contextmanager
