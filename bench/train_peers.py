@@ -93,6 +93,13 @@ def on_trainer(
     return Stepper(model, trainer.train_step, model.loss, gradients)
 
 
+def state(stepper: Stepper) -> dict[str, Tensor]:
+    """Weights and moments of a stepper of ours, as a checkpoint would hold them."""
+    trainer = stepper.step.__self__  # type: ignore[attr-defined]
+    assert isinstance(trainer, Trainer)
+    return {name: t for name, t in trainer.optimizer.state().items() if isinstance(t, Tensor)}
+
+
 def _taken(model: nn.Module) -> Named:
     """Every gradient, in fp32; each is freed as the next is asked for."""
     for name, parameter in model.named_parameters():
