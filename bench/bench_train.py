@@ -4,12 +4,14 @@
 
 The same synthetic batch in every implementation (`bench/train_peers.py`), each in a process of its
 own, in turns of opposite order. What is timed is the clean recipe (bf16, fp32 gradients, a constant
-rate) but for "ours pythia-v1", which computes what the published configurations do. Before anything
-is timed, the loss of a microbatch must agree with the reference model's on the same weights; before
-a row is given, gradients and first steps with those in fp32 (`bench/train_check.py`, last because
-its memory is), and the loss must have fallen. One step is a whole optimizer step: every microbatch,
-clipping, update. Tokens a step are one microbatch of the original on one GPU (6.9b and 12b
-accumulated two), the microbatch here the largest that fits; what ran out of memory is in the row.
+rate). Variants of ours say what they change: "any order" what gradients that differ from run to run
+buy, "launch by launch" a step without its CUDA graph, "lean" optimizer states of 8 bytes a
+parameter, "pythia-v1" the published recipe. Before anything is timed, the loss of a microbatch must
+agree with the reference model's on the same weights; before a row is given, gradients and first
+steps with those in fp32 (`bench/train_check.py`, last because its memory is), and the loss must
+have fallen. One step is a whole optimizer step: every microbatch, clipping, update. Tokens a step
+are one microbatch of the original on one GPU (6.9b and 12b accumulated two), the microbatch here
+the largest that fits; what ran out of memory is in the row, and beside the peak what `plan` says.
 The rate is all tokens over all the time, so that a stall counts; a sustained row does it for a
 minute.
 """
@@ -18,8 +20,9 @@ from __future__ import annotations
 
 import gc
 import resource
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,7 +46,11 @@ STEP_TOKENS = {"2.8b": 32768, "1.4b": 32768, "1b": 32768, "6.9b": 16384, "12b": 
 SMALL_STEP = 65536  # of the sizes that are not in the table
 V1 = "ours pythia-v1"
 V1_RANKS = 2  # half the rows each: as in the published runs, one sum over ranks a microbatch
-GPU_IMPLS = ("ours", "eager", "compile", "transformers-compile", V1)
+GPU_IMPLS = (
+    "ours", "ours any order", "ours launch by launch", "ours lean",
+    "eager", "compile", "transformers-compile", V1,
+)  # fmt: skip
+LARGE = ("6.9b", "12b")  # recompute what they can; have lean states as a row of their own
 CPU_IMPLS = ("ours", "compile", "transformers")  # eager is ours there
 CPU_POSITIONS = 512
 TINY = {
@@ -71,6 +78,8 @@ def cases(
     """
     for size in sizes:
         for impl in impls if turn % 2 == 0 else impls[::-1]:
+            if impl == "ours lean" and size not in LARGE:
+                continue
             positions = POSITIONS if on_gpu else CPU_POSITIONS if size != "tiny" else 32
             rows = STEP_TOKENS.get(size, SMALL_STEP) // positions if on_gpu else 1
             what = {
@@ -116,8 +125,9 @@ def measure(
     """One row. clock, read: what stands in for time and NVML in a test."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = clock or timing.step_clock(device)
-    recipe = "pythia-v1" if impl == V1 else ""
-    config = configuration(size, rows, positions, compute, recipe)
+    variant = dict(train_peers.VARIANTS.get(impl, {}))
+    recipe = variant.pop("recipe", "")
+    config = configuration(size, rows, positions, compute, recipe, variant)
     tokens = synthetic_batch(config, device)
     exhausted: list[int] = []
     try:
@@ -140,6 +150,8 @@ def measure(
     first = warm.steps.losses[0]
     row |= {"exhausted_at_rows": exhausted, "loss_first": first, "loss_last": last}
     row |= {"attention": warm.attention, "recipe": recipe or "clean"}
+    if impl.startswith("ours") and device.type == "cuda":
+        row["predicted_peak_gb"] = plan.memory_of(config).total / 1e9
     row |= {"sum_ranks": config.precision.ranks}
     checked = _checked(warm.steps, config, tokens, warm.drop)
     if not last < first:
@@ -158,12 +170,15 @@ class _Wrong(Exception):
     """The loss is not the reference's."""
 
 
-def configuration(size: str, rows: int, positions: int, compute: str, recipe: str = "") -> Config:
+def configuration(
+    size: str, rows: int, positions: int, compute: str, recipe: str = "",
+    variant: Mapping[str, Any] = MappingProxyType({}),
+) -> Config:  # fmt: skip
     """The model and learning rate of a size; a constant rate, so that every step moves.
 
     recipe "": `compute` with fp32 gradients on one rank and Adam's count from 1, which the peers
     do too. "pythia-v1": the published switches of the size (its dtypes, sums over V1_RANKS ranks,
-    loss scale).
+    loss scale). variant: keys over these.
     """
     model: dict[str, Any] = TINY if size == "tiny" else {"model.preset": f"pythia-{size}"}
     keys = {
@@ -173,6 +188,8 @@ def configuration(size: str, rows: int, positions: int, compute: str, recipe: st
         "train.batch_size": rows,
         "train.micro_batch_size": rows,
         "optimizer.warmup": 0.0,
+        "kernels.recompute": "selective" if size in LARGE else "none",
+        **variant,
     }
     if recipe:
         keys |= {"recipe": recipe, "precision.sum_ranks": V1_RANKS}
@@ -239,6 +256,8 @@ def _warm(impl: str, config: Config, tokens: Tensor) -> Warm:
         raise _Wrong(f"loss {found:.5f} where the reference model has {exact:.5f}")
     gradients = train_check.gradients(stepper, micro)
     backends = train_peers.attention_backends(lambda: stepper.loss(micro))
+    if tokens.device.type == "cuda":  # from here on: a graph allocates while it is captured alone
+        torch.cuda.reset_peak_memory_stats()
     steps = train_check.first_steps(stepper, config, tokens, WARMUP)
     return Warm(stepper, replace(steps, gradients=gradients), ", ".join(backends) or "ours")
 
@@ -272,8 +291,6 @@ def _timed_steps(
     clock.mark()
     (one,) = clock.intervals()
     count = max(int(1e3 * seconds / one), FEWEST)
-    if tokens.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     with Sampler(read) as sampler:
         clock.mark()
         for _ in range(count if most is None else min(count, most)):

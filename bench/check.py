@@ -6,7 +6,9 @@ Every (op, shape) runs in a process of its own, so that a crash or an illegal ac
 not the end; the shapes reach every entry of each kernel's tile table. Results, gradients and
 in-place updates are held to the bound of `bench/bound.py` in bf16 and fp16, with fresh memory
 filled with NaN, and a second run must give the same bits. compute-sanitizer then runs memcheck and
-racecheck on small shapes, where it is installed. Rows are JSON lines, appended to FILE as they
+racecheck on small shapes, where it is installed. Then 20 steps of the 70M model are
+trained twice, from two starts of the process, and the digests of losses, weights and moments must
+agree. Rows are JSON lines, appended to FILE as they
 come (default runs/check.jsonl: rows under bench/results/ are the README's). Exits 1 when a row is
 neither "ok" nor "not found"; "not run" means that time was over.
 
@@ -16,6 +18,7 @@ neither "ok" nor "not found"; "not run" means that time was over.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -25,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,7 @@ WALKS = tuple(
     for d in (64, 80, 256)
 )
 TOOLS = ("memcheck", "racecheck")
+TRAINED, STEPS = "train", 20  # what stands for an op where whole steps are repeated
 REPEATS = 10  # runs of attention that must give the same bits; of another op, one more
 SANITIZER_FOUND_ERRORS = 77
 
@@ -206,6 +210,39 @@ def _seconds(started: float) -> dict[str, float]:
     return {"seconds": round(time.perf_counter() - started, 3)}
 
 
+def digest_of_steps(size: str, steps: int = STEPS) -> str:
+    """sha256 of losses, weights and moments after steps of the trainer on one batch, in bf16."""
+    from bench import bench_train, train_peers  # the data and the trainer: not for every case
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows, positions, compute = (16, POSITIONS, "bf16") if device.type == "cuda" else (4, 16, "fp32")
+    config = bench_train.configuration(size, rows, positions, compute)
+    config = replace(config, train=replace(config.train, micro_batch_size=rows // 2))
+    stepper = train_peers.make("ours", config, device)
+    tokens = bench_train.synthetic_batch(config, device)
+    found = hashlib.sha256()
+    for _ in range(steps):
+        found.update(repr(stepper.step(tokens)[0].item()).encode())
+    for name, state in sorted(train_peers.state(stepper).items()):
+        found.update(name.encode() + state.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def repeated(size: str, seconds: float) -> dict[str, Any]:
+    """A row on two processes that train the same steps."""
+    head = {"op": TRAINED, "size": size, "tool": None, "shape": [STEPS]}
+    command = [sys.executable, "-m", "bench.check", "--digest", size]
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    rows, started = [], time.perf_counter()
+    for _ in range(2):
+        found, failure = run_child(command, environment, seconds)
+        if failure is not None:
+            return head | failure
+        rows += found
+    same = len(rows) == 2 and rows[0] == rows[1]
+    return head | rows[0] | {"status": "ok" if same else "not deterministic"} | _seconds(started)
+
+
 def _all_rows(
     tasks: list[Task], deadline: float, workers: int, interpret: bool
 ) -> Iterator[dict[str, Any]]:
@@ -213,6 +250,10 @@ def _all_rows(
         pending = [pool.submit(run_task, task, deadline, interpret) for task in tasks]
         for future in as_completed(pending):
             yield from future.result()
+    if not interpret and {task.label for task in tasks} == {op.label for op in OPS}:
+        left = deadline - time.monotonic()
+        if left > 0:
+            yield repeated(FIRST_SIZE, min(left, LONGEST))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -224,11 +265,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=4, help="processes at once (default 4)")
     parser.add_argument("--interpret", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--one", metavar="TASK", help=argparse.SUPPRESS)
+    parser.add_argument("--digest", metavar="SIZE", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.workers < 1 or options.minutes <= 0:
         parser.error("--workers: at least 1; --minutes: more than 0")
     if options.one:
         return _run_one(options.one)
+    if options.digest:
+        print(json.dumps({"digest": digest_of_steps(options.digest)}))
+        return 0
     if not options.interpret and not torch.cuda.is_available():
         print("the check needs a CUDA device (or --interpret); none is visible", file=sys.stderr)
         return 2

@@ -92,6 +92,8 @@ class Op:
     differentiable: tuple[str, ...] = ()
     consumed: tuple[str, ...] = ()  # the op may write over these
     written: tuple[str, ...] = ()  # results that are arguments
+    # of the arguments after a call, where they are compared as something else
+    seen: Callable[[dict[str, Any]], dict[str, Tensor]] | None = None
     # per pass, of a shape and its inputs, where FLOPs bound the op
     flops: dict[str, Callable[[Shape, dict[str, Any]], float]] = field(default_factory=dict)
     products: bool = False  # matrix products, whose operands are rounded on the way
@@ -172,7 +174,10 @@ def results(
         leaves = [values[name] for name in op.differentiable]
         gradients = torch.autograd.grad(outputs, leaves, upstream(op, outputs, dtype))
         found |= {f"d_{n}": g for n, g in zip(op.differentiable, gradients, strict=True)}
-    found |= {name: _joined(values[name]) for name in op.written if values[name] is not None}
+    if op.seen is not None:
+        found |= op.seen(values)
+    else:
+        found |= {name: _joined(values[name]) for name in op.written if values[name] is not None}
     return {name: value.detach() for name, value in found.items()}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench.op import Draw, Inputs, Op, Shape
 from pythia_fast.kernels import reference
+from pythia_fast.kernels.rounding import joined_master, split_master
 from pythia_fast.model import rotary_tables
 
 
@@ -144,6 +145,29 @@ def _flat(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
         "step": one(7.0),
         "grad_scale": one(0.5),
     }
+
+
+def _lean(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
+    """The same state as halves of the master and bf16 moments; gradients in dtype."""
+    flat = _flat(s, dtype, draw)
+    weight, remainder = split_master(flat["master"])
+    moments = {name: flat[name].bfloat16() for name in ("exp_avg", "exp_avg_sq")}
+    names = ("decay_until", "lr", "step", "grad_scale")
+    return {
+        "weight": weight,
+        "remainder": remainder,
+        **moments,
+        "grad": flat["grad"].to(dtype),
+        **{name: flat[name] for name in names},
+        "seed": torch.tensor([1234], device=draw.device),
+    }
+
+
+def _lean_seen(values: dict[str, Any]) -> dict[str, Tensor]:
+    """The halves of the master as one; in float64 the weight is all of it."""
+    weight, moments = values["weight"], {n: values[n] for n in ("exp_avg", "exp_avg_sq")}
+    wide = weight.dtype == torch.float64
+    return moments | {"master": weight if wide else joined_master(weight, values["remainder"])}
 
 
 def _list(s: Shape, dtype: torch.dtype, draw: Draw) -> dict[str, Any]:
@@ -377,6 +401,16 @@ OPS: tuple[Op, ...] = (
         bytes_moved={"forward": lambda s, size: (7 * 4 + size) * s.flat},
         consumed=("grad",),  # by torch's fused AdamW; ours leaves it
         written=("weight", "master", "exp_avg", "exp_avg_sq"),
+    ),
+    Op(
+        label="adamw_lean_",
+        file="adam_lean",
+        name="adamw_lean_",
+        inputs=_lean,
+        key=lambda s: (s.flat,),
+        bytes_moved={"forward": lambda s, size: (8 * 2 + size) * s.flat},
+        written=("weight", "remainder", "exp_avg", "exp_avg_sq"),
+        seen=_lean_seen,
     ),
     Op(
         label="adamw_list_",

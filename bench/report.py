@@ -140,7 +140,7 @@ def _training(rows: Sequence[Row]) -> Iterator[str]:
         "tokens/s",
         "ours is × faster (95 %)",
     ]
-    titles += ["MFU causal", "MFU PaLM", "J/token"] if on_gpu else []
+    titles += ["MFU causal", "MFU PaLM", "J/token", "GB planned"] if on_gpu else []
     table = []
     for row in sorted(
         merged, key=lambda r: (r["parameters"], _compared(r), r["impl"] != "ours", r["impl"])
@@ -157,6 +157,7 @@ def _training(rows: Sequence[Row]) -> Iterator[str]:
         if on_gpu:
             cells += [_number(row[k], ".1%") for k in ("mfu_causal", "mfu_palm")]
             cells += [_number(row["joule_per_token"], ".3g")]
+            cells += [_number(row.get("predicted_peak_gb"), ".2f")]
         table.append([*cells, f"{row['peak_gb']:.2f}"])
     if table:
         yield _table([*titles, "GB at most"], table)

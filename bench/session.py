@@ -122,6 +122,7 @@ UNITS = {
     "frac_of_limit": "{:.1%} of the limit",
     "mfu_causal": "MFU {:.1%}",
     "peak_gb": "{:.2f} GB at most",
+    "predicted_peak_gb": "{:.2f} GB by the plan",
     "joule_per_token": "{:.3g} J/token",
     "busy_ms": "{:.4g} ms busy with the profiler on",
     "registers": "{} registers",

@@ -1,7 +1,6 @@
 """What a user would train Pythia with: ours, the reference, torch.compile, transformers.
 
-Every implementation is a `Stepper` over the same weights and batch ("ours pythia-v1": the recipe
-of the published runs). The peers hold fp32
+Every implementation is a `Stepper` over the same weights and batch. The peers hold fp32
 parameters and run under autocast with torch's fused AdamW and clip_grad_norm_, as their users do.
 """
 
@@ -28,6 +27,13 @@ from pythia_fast.model import Pythia, materialise
 from pythia_fast.ops import REFERENCE
 from pythia_fast.train import Trainer
 
+# of ours, by what differs in the configuration: "ours pythia-v1" computes as published
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ours pythia-v1": {"recipe": "pythia-v1"},
+    "ours any order": {"kernels.deterministic": False},
+    "ours launch by launch": {"kernels.graph": False},
+    "ours lean": {"optimizer.states": "lean", "precision.gradients": "bf16"},
+}
 ATTENTION = re.compile(r"aten::_scaled_dot_product_(\w*?attention(?:_math)?)")
 Loss = Callable[[Tensor], Tensor]
 Named = Iterable[tuple[str, Tensor]]
@@ -66,25 +72,40 @@ def on_trainer(
     if trainer.device != device:
         raise RuntimeError(f"the trainer runs on {trainer.device}, not on {device}")
     model, optimizer = trainer.model, trainer.optimizer
-    masters = optimizer.views(optimizer.master)
-    draw_weights((name, masters[name]) for name, _ in model.named_parameters())
-    optimizer.sync_weights()
+    if config.optimizer.states == "lean":  # the weights are half of the master
+        draw_weights(model.named_parameters())
+        optimizer.sync_weights(from_model=True)
+    else:
+        masters = optimizer.views(optimizer.master)
+        draw_weights((name, masters[name]) for name, _ in model.named_parameters())
+        optimizer.sync_weights()
 
     def gradients(rows: Tensor) -> Named:
+        """Of fused blocks there are none but in the optimizer's buffer."""
         factor = optimizer.loss_factor
         for part in rows.split(config.train.micro_batch_size):
             model.loss(part, factor / rows[:, 1:].numel()).backward()
-        return _taken(model, factor)
+            optimizer.accumulate()
+        optimizer.fresh = True
+        for name, gradient in optimizer.views(optimizer.grad).items():
+            yield name, gradient.float() / factor
 
     return Stepper(model, trainer.train_step, model.loss, gradients)
 
 
-def _taken(model: nn.Module, factor: float = 1.0) -> Named:
-    """Every gradient over the loss's factor, in fp32; each is freed as the next is asked for."""
+def state(stepper: Stepper) -> dict[str, Tensor]:
+    """Weights and moments of a stepper of ours, as a checkpoint would hold them."""
+    trainer = stepper.step.__self__  # type: ignore[attr-defined]
+    assert isinstance(trainer, Trainer)
+    return {name: t for name, t in trainer.optimizer.state().items() if isinstance(t, Tensor)}
+
+
+def _taken(model: nn.Module) -> Named:
+    """Every gradient, in fp32; each is freed as the next is asked for."""
     for name, parameter in model.named_parameters():
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None:
-            yield _ours(name), gradient.float() / factor
+            yield _ours(name), gradient.float()
 
 
 @contextmanager
@@ -247,7 +268,8 @@ def _ours(name: str) -> str:
 
 IMPLEMENTATIONS: dict[str, Callable[[Config, torch.device], Stepper]] = {
     "ours": lambda c, d: on_trainer(c, d, "auto"),
-    "ours pythia-v1": lambda c, d: on_trainer(c, d, "auto"),  # the configuration is another
+    # the configuration is another
+    **dict.fromkeys(VARIANTS, lambda c, d: on_trainer(c, d, "auto")),
     "eager": lambda c, d: on_trainer(c, d, "reference"),
     "compile": compiled_reference,
     "transformers": lambda c, d: transformers_model(c, d, compiled=False),

@@ -83,9 +83,14 @@ def linear_cross_entropy_bwd(
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """total (n, k) fp32 = a (n, m) b (m, k), plus what it held where `add`; summed in fp32."""
+    """total (n, k) = a (n, m) b (m, k), plus what it held where `add`; summed in fp32.
+
+    total: fp32, or of their dtype, to which the sum is rounded once.
+    """
     beta = 1 if add else 0
-    if a.is_cuda and a.dtype != torch.float32:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif a.is_cuda and a.dtype != torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, beta=beta, out=total)
     else:
         total.addmm_(a.float(), b.float(), beta=beta)
@@ -106,7 +111,7 @@ def _check_inputs(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows: {chunk_rows}, expected at least 1")
     if weight_grad is not None:
-        dtypes = (torch.float32,)
+        dtypes = (torch.float32, x.dtype)
         check(weight_grad, "weight_grad", dtypes=dtypes, shape=weight.shape, device=x.device)
 
 
@@ -140,10 +145,10 @@ def linear_cross_entropy(
     """cross_entropy(x weightᵀ, targets, scale), computed chunk_rows rows at a time.
 
     x (M, h), weight (V, h) of x's dtype, targets (M,) int64 in [0, V); scale: 1/M when None.
-    chunk_rows bounds the logits that exist at once; None takes all M. weight_grad: (V, h) fp32;
-    where given, the weight gradient is *added* there in fp32 (`add`; else it replaces what was
-    there), autograd gives weight none, and the gradient of the returned loss must be 1. Returns an
-    fp32 scalar.
+    chunk_rows bounds the logits that exist at once; None takes all M. weight_grad: (V, h), fp32 or
+    of x's dtype; where given, the weight gradient, summed in fp32, is *added* there (`add`; else it
+    replaces what was there), autograd gives weight none, and the gradient of the returned loss must
+    be 1. Returns an fp32 scalar.
     """
     scale = 1.0 / max(targets.numel(), 1) if scale is None else scale
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):

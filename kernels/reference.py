@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pythia_fast.kernels.rounding import joined_master, philox, split_master, stochastic
+
 # --- rotary ---------------------------------------------------------------------------------------
 
 
@@ -347,3 +349,47 @@ def adamw_list_(
         state = (t[i].view(-1) for t in (masters, exp_avgs, exp_avg_sqs, grads))
         until = masters[i].numel() if decay else 0
         adamw_(weight, *state, until, lr, step, grad_scale, betas, eps, weight_decay)
+
+
+def adamw_lean_(
+    weight: Tensor,
+    remainder: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    decay_until: int,
+    lr: Tensor,
+    step: Tensor,
+    grad_scale: Tensor,
+    seed: Tensor,
+    first: int = 0,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+) -> None:
+    """One AdamW step in place on an exact fp32 master in two halves and bf16 moments.
+
+        master bits = weight·2¹⁶ + remainder      weight = master to the nearest, half away from 0
+        m, v: bf16, the cut-off part p (of 2¹⁶) rounded up where 16 random bits reach 2¹⁶ − p
+
+    weight, exp_avg, exp_avg_sq (n,) bf16; remainder (n,) int16; grad (n,) fp32, bf16 or fp16;
+    decay_until, lr, step, grad_scale as in `adamw_`; seed: one int64 in [0, 2³²) on the device;
+    first: where element 0 stands in the buffer that these are a part of. The random bits of element
+    i, at step t: word q of Philox 4x32-10 with key seed and counter (c, t), c = 1024·(i // 4096) +
+    i mod 1024, q = i // 1024 mod 4; the low half for m, the high half for v.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)  # float64 keeps all of each
+    master = joined_master(weight.bfloat16(), remainder).to(wide)
+    m, v = exp_avg.to(wide), exp_avg_sq.to(wide)
+    adamw_(None, master, m, v, grad, decay_until, lr, step, grad_scale, betas, eps, weight_decay)
+    if wide == torch.float64:
+        for state, exact in ((weight, master), (exp_avg, m), (exp_avg_sq, v)):
+            state.copy_(exact)
+        return
+    for half, whole in zip((weight, remainder), split_master(master), strict=True):
+        half.copy_(whole)
+    i = torch.arange(first, first + len(grad), dtype=torch.int64, device=grad.device)
+    counter, word = 1024 * (i // 4096) + i % 1024, i // 1024 % 4
+    random = philox(seed.view(()), counter, step.long().view(())).gather(0, word[None])[0]
+    exp_avg.copy_(stochastic(m, random & 0xFFFF))
+    exp_avg_sq.copy_(stochastic(v, random >> 16))

@@ -116,6 +116,9 @@ class Optimizer:
     norm_copies: int = _key(
         1, "times that LayerNorms and those biases count in the gradient norm (tensor degree)"
     )
+    states: Literal["fp32", "lean"] = _key(
+        "fp32", "lean: 8 bytes a parameter, exact fp32 master, moments in bf16 rounded at random"
+    )
     backend: Literal["auto", "triton", "torch"] = _key(
         "auto", "who runs AdamW; auto: triton where the kernels are triton"
     )

@@ -44,11 +44,13 @@ class Memory:
     gradients: float  # of a microbatch, until they are accumulated
     activations: float  # of all microbatches in flight
     logits: float
+    working: float  # statistics, and what head or backward of a block hold beyond the logits
     buffers: float  # received activations and gradients; weights and gradients gathered by shards
 
     @property
     def total(self) -> float:
-        return self.states + self.gradients + self.activations + self.logits + self.buffers
+        found = self.states + self.gradients + self.activations + self.logits
+        return found + self.working + self.buffers
 
 
 class Held:
@@ -103,6 +105,8 @@ class Held:
             gradients=WIDTH * by_autograd * (at.shard != "full"),
             activations=of_layer * layers * self.tokens * held,
             logits=logits,
+            working=plan.working_bytes(m, c.kernels.recompute == "selective", at.tensor)
+            * self.tokens,
             buffers=self._received(rank) + self._gathered(chunks),
         )
 

@@ -33,6 +33,7 @@ class Ops:
     cross_entropy_grad_: Callable[..., Tensor]
     grad_norm: Callable[[Tensor], Tensor]
     adamw_: Callable[..., None]
+    adamw_lean_: Callable[..., None]
 
 
 REFERENCE = Ops(
@@ -50,6 +51,7 @@ REFERENCE = Ops(
     cross_entropy_grad_=reference.cross_entropy_grad_,
     grad_norm=reference.grad_norm,
     adamw_=reference.adamw_,
+    adamw_lean_=reference.adamw_lean_,
 )
 
 
@@ -73,6 +75,7 @@ def _triton(device: torch.device, deterministic: bool) -> Ops:
     from pythia_fast import attention
     from pythia_fast.kernels import (
         adam,
+        adam_lean,
         cross_entropy,
         cross_entropy_shards,
         gelu,
@@ -95,4 +98,5 @@ def _triton(device: torch.device, deterministic: bool) -> Ops:
         cross_entropy_grad_=cross_entropy_shards.cross_entropy_grad_,
         grad_norm=adam.grad_norm,
         adamw_=adam.adamw_,
+        adamw_lean_=adam_lean.adamw_lean_,
     )

@@ -11,7 +11,7 @@ optimizer states are sharded (`parallel/data.py`) master and moments are those o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -83,22 +83,10 @@ class AdamW:
         self.slots = layout.slots
         self.own = Ownership(layout.buckets, copies, self.mesh.copy if self._sharded else 0)
         self._device = device
-        # padding between parameters stays 0: its gradient, moments and update are 0
-        self.master, self.exp_avg, self.exp_avg_sq = (
-            self._zeros(self.own.size, "fp32") for _ in range(3)
-        )
-        self.grad = self._zeros(layout.size, precision.gradients)
+        self._allocate()
         self._sum = None  # of the ranks so far
         if precision.ranks > 1:
             self._sum = self._zeros(self.own.size, precision.gradient_sum)
-        # the model's weights are views of `weight`; an update writes master and `_own_weight`
-        wide = precision.compute == "fp32"
-        in_master = wide and not self._sharded
-        self.weight = self.master if in_master else self._zeros(layout.size, precision.compute)
-        self._own_weight, self._own_grad = None if wide else self.weight, self.grad
-        if self._sharded:
-            self._own_weight = None if wide else self._zeros(self.own.size, precision.compute)
-            self._own_grad = self._zeros(self.own.size, precision.gradients)
         self.loss_scale = None
         if precision.loss_scaling != "none":
             self.loss_scale = LossScale(hysteresis=precision.loss_scaling == "hysteresis")
@@ -112,6 +100,25 @@ class AdamW:
         self._torch = self._make_torch_adamw() if self._backend() == "torch" else None
 
     # --- buffers and views ---
+
+    def _allocate(self) -> None:
+        """Buffers of states and gradients.
+
+        Padding between parameters stays 0: its gradient, moments and update are 0.
+        """
+        precision, size = self.precision, self.layout.size
+        self.master, self.exp_avg, self.exp_avg_sq = (
+            self._zeros(self.own.size, "fp32") for _ in range(3)
+        )
+        self.grad = self._zeros(size, precision.gradients)
+        # the model's weights are views of `weight`; an update writes master and `_own_weight`
+        wide = precision.compute == "fp32"
+        in_master = wide and not self._sharded
+        self.weight = self.master if in_master else self._zeros(size, precision.compute)
+        self._own_weight, self._own_grad = None if wide else self.weight, self.grad
+        if self._sharded:
+            self._own_weight = None if wide else self._zeros(self.own.size, precision.compute)
+            self._own_grad = self._zeros(self.own.size, precision.gradients)
 
     def _zeros(self, size: int, dtype: str) -> Tensor:
         return torch.zeros(size, dtype=DTYPES[dtype], device=self._device)
@@ -164,6 +171,9 @@ class AdamW:
                 moved = torch.Size(o + s for o, s in zip(offsets, shift, strict=True))
                 pieces.boxes.append((moved, box))
         return pieces
+
+    def take(self, state: Mapping[str, Any]) -> None:
+        """Follows a load into what `state` gave: views of the buffers, which hold it already."""
 
     @torch.no_grad()
     def sync_weights(self, from_model: bool = False) -> None:

@@ -81,7 +81,7 @@ RECOMPUTED_ELEMENTS = 6  # of those, two norms and GELU's output can be formed a
 ADAM_TRAFFIC = 26  # fp32 master and moments read and written, 16-bit weight written
 STATES = 14  # 16-bit weight, fp32 master, two fp32 moments
 GRADIENT = {"fp32": 4, "bf16": 2, "fp16": 2}  # of the accumulated gradient, by its dtype
-LEAN_STATES = 10  # bf16 weight, 16-bit remainder, bf16 gradient and moments (not implemented)
+LEAN_STATES = 8  # bf16 weight, 16-bit remainder, bf16 moments (optimizer.states = "lean")
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------
@@ -221,31 +221,71 @@ def _products(m: Model) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU while training in 16 bits on the Triton kernels, without sharding."""
+    """Bytes on one GPU while training in 16 bits on the Triton kernels, without sharding.
+
+    The most that is alive at once, as the step's tensors are counted on the meta device, to 2 % of
+    what is not states. Not in it: cuBLAS's workspaces, the context, what the allocator rounds up or
+    leaves between blocks, and beside a CUDA graph, whose memory is its own, the logits of
+    validation.
+    """
 
     states: float  # weights, moments, accumulated gradients
     gradients: float  # of a microbatch, in the compute dtype, until autograd's are accumulated
     activations: float
     logits: float
+    working: float  # statistics, and what head or backward of a block hold beyond the logits
 
     @property
     def total(self) -> float:
-        return self.states + self.gradients + self.activations + self.logits
+        return self.states + self.gradients + self.activations + self.logits + self.working
 
 
 def memory(
-    m: Model, micro_tokens: int, gradient: int = 4, fused: bool = True, selective: bool = False
-) -> Memory:
+    m: Model, micro_tokens: int, gradient: int = 4, fused: bool = True, selective: bool = False,
+    lean: bool = False,
+) -> Memory:  # fmt: skip
     """gradient: bytes of what is accumulated a parameter. fused: embedding, blocks and head
     accumulate theirs themselves, autograd those of the last norm. selective: kernels.recompute.
+    lean: optimizer.states.
     """
     by_autograd = 2 * m.hidden if fused else m.parameters
     return Memory(
-        states=(STATES + gradient) * m.parameters,
+        states=((LEAN_STATES if lean else STATES) + gradient) * m.parameters,
         gradients=2 * by_autograd,
         activations=activation_bytes(m, selective) * micro_tokens,
         logits=2 * m.vocab_size * micro_tokens,
+        working=working_bytes(m, selective) * micro_tokens,
     )
+
+
+def memory_of(config: Config, micro_tokens: int | None = None) -> Memory:
+    """On one GPU, of the microbatch of the page or of another."""
+    p, selective = config.precision, config.kernels.recompute == "selective"
+    held = GRADIENT[p.gradients]
+    if p.ranks > 1:
+        held += GRADIENT[p.gradient_sum]  # and the sum over ranks
+    lean = config.optimizer.states == "lean"
+    adds = p.gradients == "fp32" or (lean and p.ranks == 1)
+    tokens = config.train.micro_batch_size * config.data.seq_len
+    return memory(
+        config.model, tokens if micro_tokens is None else micro_tokens, held,
+        adds and config.kernels.deterministic, selective, lean,
+    )  # fmt: skip
+
+
+def working_bytes(m: Model, selective: bool = False, tensor: int = 1) -> int:
+    """Of a token, beyond activations and logits, at the moment that holds most.
+
+    Statistics of attention and of both norms (4·H + 8 a layer), and the larger of: the head (its
+    input, the stream before its norm, and their gradient: 3h beside the logits); the top block's
+    backward in attention (dy and dx of a norm, h each; d [ctx | gelu] 5h, du 4h, d qkv 3h, dq in
+    fp32 2h; both norms and [ctx | gelu] again, 7h, where selective). tensor: ranks that split them.
+    """
+    statistics = (4 * m.heads // tensor + 8) * m.layers
+    split = 5 + 4 + 3 + 2 + 5 * selective
+    backward = 2 * m.hidden * (2 + 2 * selective) + 2 * m.hidden * split // tensor
+    logits = 2 * m.vocab_size // tensor
+    return statistics + max(6 * m.hidden, backward - logits)
 
 
 def activation_bytes(
@@ -283,17 +323,14 @@ def plan(config: Config, gpu: str) -> dict[str, Any]:
     must_be_16_bit(config)
     p = config.precision
     gradient = GRADIENT[p.gradients]
-    held = gradient + (GRADIENT[p.gradient_sum] if p.ranks > 1 else 0)  # and the sum over ranks
     m, t, seq_len = config.model, config.train, config.data.seq_len
     step, micro = config.tokens_per_step, t.micro_batch_size * seq_len
-    fused = p.gradients == "fp32" and config.kernels.deterministic
-    options = (held, fused, config.kernels.recompute == "selective")
-    found = memory(m, micro, *options)
+    found = memory_of(config)
     fitting = [
         rows
         for rows in range(1, t.batch_size + 1)
         if t.batch_size % (p.ranks * rows) == 0
-        and memory(m, rows * seq_len, *options).total <= card.memory
+        and memory_of(config, rows * seq_len).total <= card.memory
     ]
     per_token, a = flops(m, seq_len), bound_a(m, seq_len, step, card, gradient)
     b = bound_b(m, seq_len, step, card, micro, gradient)

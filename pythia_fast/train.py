@@ -30,6 +30,7 @@ from pythia_fast.errors import CheckError, InputError
 from pythia_fast.explain import differences
 from pythia_fast.graph import Compute, graphed
 from pythia_fast.journal import Journal
+from pythia_fast.lean import LeanAdamW
 from pythia_fast.metrics import read_steps, require_trackers
 from pythia_fast.model import Pythia, initial_weights
 from pythia_fast.ops import select
@@ -68,9 +69,9 @@ class Trainer:
             localise(self.model, self.mesh.degrees.tensor)
         if self.mesh.group("pipeline") is not None:
             keep_own(self.model, c, self.mesh)
-        self.optimizer = AdamW(
-            self.model, c.optimizer, c.precision, ops, self.device, self.mesh, c.parallel
-        )
+        of = (self.model, c.optimizer, c.precision, ops, self.device, self.mesh, c.parallel)
+        lean = c.optimizer.states == "lean"
+        self.optimizer = LeanAdamW(*of, seed=c.train.seed) if lean else AdamW(*of)
         self._fuse()
         self.pipeline: Pipeline | None = None
         if self.mesh.group("pipeline") is not None:
@@ -86,12 +87,14 @@ class Trainer:
     def _fuse(self) -> None:
         """Gives the model its fused blocks and head: on the kernels, with gradients added in fp32.
 
-        Not where gradients may differ run to run: attention is then torch's where that is faster.
+        Lean states may add them in bf16, of which there is no original to follow. Not where
+        gradients may differ run to run: attention is then torch's where that is faster.
         Nor where the residual stream is split by positions.
         """
         c, model = self.config, self.model
-        sums_in_fp32 = c.precision.gradients == "fp32"
-        if model.ops.name != "triton" or not sums_in_fp32 or not c.kernels.deterministic:
+        lean = c.optimizer.states == "lean" and c.precision.ranks == 1
+        adds = c.precision.gradients == "fp32" or lean
+        if model.ops.name != "triton" or not adds or not c.kernels.deterministic:
             return
         from pythia_fast import block  # triton, which not every platform has
 
@@ -155,6 +158,8 @@ class Trainer:
             return "since its blocks are not fused"
         if not self.optimizer.on_kernels:
             return "since torch's AdamW updates"
+        if self.optimizer.mesh.degrees.world > 1:
+            return "since collectives between processes have not been recorded yet"
         return None
 
     @torch.no_grad()
@@ -295,6 +300,7 @@ class Trainer:
             weights_alone = imported and "updates" not in manifest
             wanted = {k: v for k, v in state.items() if k.startswith("model.") or not weights_alone}
             checkpoint.load(path, wanted, self.mesh)
+            self.optimizer.take(wanted)
         except CheckError as error:
             before = [s for s in checkpoint.steps(self.run_dir) if s < step]
             way_out = f"; remove {path} to continue from step {before[-1]}" if before else ""

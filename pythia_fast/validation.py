@@ -59,6 +59,13 @@ def validate(config: Config) -> None:
 
 def _validate_precision(config: Config) -> None:
     p, t = config.precision, config.train
+    if config.optimizer.states == "lean" and p.compute != "bf16":
+        raise InputError(
+            f"optimizer.states = 'lean' keeps bf16 weights, not precision.compute = {p.compute!r}: "
+            "another recipe than the published one, as with --recipe modern"
+        )
+    if config.optimizer.states == "lean" and config.optimizer.backend == "torch":
+        raise InputError("optimizer.states = 'lean' does not go with optimizer.backend = 'torch'")
     for key, value, other in (
         ("gradients", p.gradients, p.compute),
         ("gradient_sum", p.gradient_sum, p.gradients),

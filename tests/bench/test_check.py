@@ -219,3 +219,15 @@ def test_rows_stay_out_of_the_readmes_unless_asked(
 def test_command_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main([]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_trained_twice_is_the_same_and_a_difference_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = check.repeated("tiny", 120)
+    assert row["status"] == "ok" and len(row["digest"]) == 64, row
+    digests = iter("ab")
+    monkeypatch.setattr(check, "run_child", lambda *_: ([{"digest": next(digests)}], None))
+    assert check.repeated("tiny", 1)["status"] == "not deterministic"
+    monkeypatch.setattr(check, "run_child", lambda *_: ([], {"status": "crash"}))
+    assert check.repeated("tiny", 1)["status"] == "crash"

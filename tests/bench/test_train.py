@@ -17,6 +17,7 @@ from bench.nvml import Sample
 from bench.record import Row
 from bench.train_peers import IMPLEMENTATIONS, Stepper
 from pythia_fast import train
+from pythia_fast.config import flatten
 
 TINY = {"size": "tiny", "rows": 4, "positions": 16, "compute": "fp32", "seconds": 0.02}
 
@@ -170,6 +171,33 @@ def test_every_precision_keeps_its_band() -> None:
         assert row.get("status") is None, row
         assert 0 < row["grad_err"] < band.gradient / 4 and row["norm_err"] < band.norm / 4
         assert row["attention"] == "flash_attention"  # torch's, on a CPU
+
+
+def test_gradients_of_fused_blocks_are_read_where_they_add_up() -> None:
+    """Autograd has none of theirs: the same names and values as the reference's."""
+    config = bench_train.configuration("tiny", 2, 8, "fp32")
+    model = replace(config.model, heads=2, layers=1, vocab_size=50)  # head dim 32: the kernels'
+    config = replace(config, model=model)
+    device = torch.device("cpu")
+    rows = bench_train.synthetic_batch(config, device)
+    found = {}
+    for backend in ("triton", "reference"):
+        stepper = train_peers.on_trainer(config, device, backend)  # type: ignore[arg-type]
+        found[backend] = train_check.gradients(stepper, rows)
+        again = train_check.gradients(stepper, rows)  # nothing is left of the first
+        assert all(torch.equal(g, found[backend][n]) for n, g in again.items())
+    assert found["triton"].keys() == found["reference"].keys()
+    for name, gradient in found["reference"].items():
+        torch.testing.assert_close(found["triton"][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_variants_of_ours_say_what_they_change() -> None:
+    for impl, keys in train_peers.VARIANTS.items():
+        assert impl in bench_train.GPU_IMPLS and impl.startswith("ours ")
+        changed = {k: v for k, v in keys.items() if k != "recipe"}
+        config = bench_train.configuration("12b", 8, 2048, "bf16", "", changed)
+        assert all(flatten(config)[k] == v for k, v in changed.items())
+        assert config.kernels.recompute == "selective"
 
 
 def test_the_published_recipe_is_measured_too() -> None:

@@ -14,7 +14,7 @@ from kernel_proof import REPOSITORY
 
 SCRIPT = Path("tests/support/launch_without_gpu.py")
 LAUNCHED = (
-    "adam", "adam_list", "attention", "attention_bwd", "attention_decode", "attention_dq",
+    "adam", "adam_lean", "adam_list", "attention", "attention_bwd", "attention_decode", "attention_dq",
     "cross_entropy", "cross_entropy_shards", "embedding", "gelu", "layer_norm",
     "parallel_residual", "rotary", "rows",
 )  # fmt: skip

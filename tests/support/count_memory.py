@@ -21,9 +21,11 @@ import pythia_fast.block
 import pythia_fast.train
 from pythia_fast.config import Config
 from pythia_fast.kernels.attention_tiles import HALVES
+from pythia_fast.lean import LeanAdamW
 from pythia_fast.model import Pythia
 from pythia_fast.ops import Ops, select
 from pythia_fast.optim import AdamW
+from pythia_fast.parallel.mesh import Mesh
 
 META = torch.device("meta")
 SMS = 132
@@ -89,7 +91,7 @@ def step_bytes(config: Config) -> tuple[int, int]:
     with _like_a_gpu():
         trainer: Any = object.__new__(pythia_fast.train.Trainer)
         ops = select("triton", META)
-        trainer.config, trainer.device = config, META
+        trainer.config, trainer.device, trainer.mesh = config, META, Mesh.alone(META)
         trainer.model = Pythia(config.model, ops)  # its parameters have no memory of their own
         return _counted(trainer, ops)
 
@@ -97,7 +99,9 @@ def step_bytes(config: Config) -> tuple[int, int]:
 def _counted(trainer: Any, ops: Ops) -> tuple[int, int]:
     config = trainer.config
     with Live() as live:
-        trainer.optimizer = AdamW(trainer.model, config.optimizer, config.precision, ops, META)
+        of = (trainer.model, config.optimizer, config.precision, ops, META)
+        lean = config.optimizer.states == "lean"
+        trainer.optimizer = LeanAdamW(*of, seed=0) if lean else AdamW(*of)
         trainer._fuse()
         assert trainer.model.fused is not None
         tokens = torch.empty(

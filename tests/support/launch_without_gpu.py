@@ -80,6 +80,7 @@ JITFunction.run = record if RECORD else run
 
 from pythia_fast.kernels import (  # noqa: E402
     adam,
+    adam_lean,
     adam_list,
     attention,
     attention_bwd,
@@ -150,6 +151,8 @@ def optimizer(size: int, dtype: torch.dtype | None) -> None:
     weights = None if weight is None else [weight]
     adam.adamw_(weight, *state, 1, one, one, one)
     adam_list.adamw_list_(weights, *[[tensor] for tensor in state], [True], one, one, one)
+    halves = [torch.zeros(size, dtype=t) for t in (BF16, torch.int16, BF16, BF16)]
+    adam_lean.adamw_lean_(*halves, state[0], 1, one, one, one, torch.zeros(1, dtype=torch.int64))
     adam.grad_norm(state[0])
     adam.grad_norm(state[0].bfloat16())
 
