@@ -37,18 +37,14 @@ def shorten(groups: list[dist.ProcessGroup], seconds: float) -> None:
 
 
 def launch_store(is_master: bool) -> dist.Store:
-    """A connection of its own to the store of this launch and attempt."""
+    """A connection of its own to the store of this attempt: torchrun's, else rank 0's."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=is_master and not agent_holds_store(),
+        is_master=is_master and not agent,
         timeout=START,
         wait_for_workers=False,
         multi_tenant=True,
     )
     return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
-def agent_holds_store() -> bool:
-    """Whether torchrun itself, and not rank 0, holds the store."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

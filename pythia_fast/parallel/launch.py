@@ -9,7 +9,7 @@ sign of life into the launch's store every second, and watches that of the next 
 know why the launch fails writes a verdict; all end with its exit code, one of them prints its line:
 
     raised      by the rank that raised, at once
-    killed      by a rank whose collective broke, after a look at who is silent (4 s)
+    killed      by a rank whose collective broke, after a look at who is silent (5 s)
     stopped     by the rank before it, after `limit` seconds of silence
     hung        by a rank whose collective timed out: where everyone's main thread is
 
@@ -29,7 +29,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
@@ -38,12 +38,12 @@ import torch.distributed as dist
 
 from pythia_fast.config import Config
 from pythia_fast.errors import Ending, Terminated, outcome
-from pythia_fast.parallel.groups import START, agent_holds_store, join, launch_store
+from pythia_fast.parallel.groups import START, join, launch_store
 from pythia_fast.parallel.mesh import local_device, together
 from pythia_fast.parallel.same import check_same_page
 
 BEAT = 1.0  # seconds between signs of life
-LOOK = 4.0  # seconds without one after which a rank is called silent, once something has broken
+LOOK = 5.0  # seconds without one after which a rank is called silent, once something has broken
 GRACE = 5.0  # seconds in which a main thread may end by itself after a verdict
 
 
@@ -81,7 +81,8 @@ class Launch:
             dist.barrier(self._control)  # everyone has given a sign of life
         except Exception as error:
             self._end(error)
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._watcher.start()
         return self
 
     def __exit__(
@@ -91,6 +92,7 @@ class Launch:
             try:
                 dist.barrier(self._control)
                 self._over.set()
+                self._watcher.join()  # not within the store's code when the interpreter goes
                 dist.destroy_process_group()
             except Exception as late:
                 self._end(late)
@@ -159,11 +161,13 @@ class Launch:
             time.sleep(2 * GRACE)  # the watch ends the process
         for s in (signal.SIGTERM, signal.SIGINT):
             signal.signal(s, signal.SIG_IGN)
+        gone = Verdict("rank 0, or the torchrun that holds the launch's store, does not answer")
+        # what holds the store may itself be stopped: asking it then takes for ever
+        threading.Timer(LOOK + 2 * GRACE, self._finish, (gone, True)).start()
         try:
             verdict = self._settle(error)
         except dist.DistError:  # no store: it went with the process that held it
-            line = f"rank 0, or the torchrun that held the launch's store, has ended: {error}"
-            verdict = Verdict(" ".join(line.split()), silent=(0,) if self.rank else ())
+            verdict = replace(gone, silent=(0,) if self.rank else ())
         self._finish(verdict, locked=True)
 
     def _settle(self, error: BaseException) -> Verdict:
@@ -220,23 +224,9 @@ class Launch:
         if self.rank == speaker and verdict.line:
             print(f"pythia-fast: {verdict.line}", file=sys.stderr)
         _tell_torchrun(verdict)
-        self._wait_for_readers(verdict)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(verdict.code)
-
-    def _wait_for_readers(self, verdict: Verdict) -> None:
-        """The process that holds the store goes last: others may not have read the verdict."""
-        if self._store is None:
-            return
-        with suppress(dist.DistError):
-            self._store.set(f"ended {self.rank}", "")
-            others = set(range(1, self.world)) - set(verdict.silent)
-            until = time.monotonic() + GRACE + 3 * BEAT
-            while self.rank == 0 and not agent_holds_store() and time.monotonic() < until:
-                if self._store.check([f"ended {r}" for r in others]):
-                    return
-                time.sleep(BEAT / 20)
 
 
 def _position(thread: int) -> str:

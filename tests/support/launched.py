@@ -19,7 +19,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from ranks import free_port
+import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOAD = ["torch", "torch.distributed.device_mesh", "pythia_fast.train", "pythia_fast.cli"]
@@ -43,8 +43,10 @@ class Ended(NamedTuple):
 class Launched:
     """The processes of a launch; a context manager that leaves none behind."""
 
-    def __init__(self, processes: list[ForkServerProcess], directory: Path) -> None:
-        self.processes, self._directory = processes, directory
+    def __init__(
+        self, processes: list[ForkServerProcess], directory: Path, store: dist.Store
+    ) -> None:
+        self.processes, self._directory, self._store = processes, directory, store
         self._started = time.monotonic()
 
     def pids(self) -> list[int]:
@@ -89,9 +91,11 @@ def launch(
     """Starts `pythia-fast ARGUMENTS` as each rank; arguments may depend on the rank."""
     _CONTEXT.set_forkserver_preload(_PRELOAD)
     directory = Path(tempfile.mkdtemp(prefix="launched-"))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's
     shared = {
         "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **environment,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", **environment,
     }  # fmt: skip
     processes = []
     for rank in range(world):
@@ -101,7 +105,7 @@ def launch(
         process = _CONTEXT.Process(target=_work, args=work, daemon=True)
         process.start()
         processes.append(process)
-    return Launched(processes, directory)
+    return Launched(processes, directory, store)
 
 
 def _work(
