@@ -4,7 +4,6 @@ next start resumes at the newest complete checkpoint, to the bits of a run that 
 
 from __future__ import annotations
 
-import os
 import time
 from itertools import product
 from pathlib import Path

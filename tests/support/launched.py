@@ -86,22 +86,27 @@ def launch(
     world: int,
     arguments: Sequence[str] | Callable[[int], Sequence[str]],
     fault: Fault | None = None,
-    **environment: str,
+    homes: Path | None = None,
+    without: str = "",
 ) -> Launched:
-    """Starts `pythia-fast ARGUMENTS` as each rank; arguments may depend on the rank."""
+    """Starts `pythia-fast ARGUMENTS` as each rank; arguments may depend on the rank.
+
+    homes: rank r works in the directory homes/r. without: "module:function,...", which do nothing.
+    """
     _CONTEXT.set_forkserver_preload(_PRELOAD)
     directory = Path(tempfile.mkdtemp(prefix="launched-"))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's
     shared = {
         "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True", **environment,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
     processes = []
     for rank in range(world):
         given = [str(a) for a in (arguments(rank) if callable(arguments) else arguments)]
         mine = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        work = (mine, given, directory / str(rank), fault)
+        home = None if homes is None else homes / str(rank)
+        work = (mine, given, directory / str(rank), fault, home, without)
         process = _CONTEXT.Process(target=_work, args=work, daemon=True)
         process.start()
         processes.append(process)
@@ -109,8 +114,15 @@ def launch(
 
 
 def _work(
-    environment: dict[str, str], arguments: list[str], output: Path, fault: Fault | None
+    environment: dict[str, str],
+    arguments: list[str],
+    output: Path,
+    fault: Fault | None,
+    home: Path | None,
+    without: str,
 ) -> None:
+    import importlib
+
     import torch
 
     from pythia_fast.cli import main
@@ -126,6 +138,10 @@ def _work(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    if home is not None:
+        os.chdir(home)
+    for module, _, function in (name.partition(":") for name in without.split(",") if name):
+        setattr(importlib.import_module(f"pythia_fast.{module}"), function, lambda *_: None)
     if fault is not None and fault.rank == int(environment["RANK"]):
         arm(fault)
     code = main(arguments)
