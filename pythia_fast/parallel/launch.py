@@ -38,6 +38,7 @@ import torch.distributed as dist
 
 from pythia_fast.config import Config
 from pythia_fast.errors import Ending, Terminated, outcome
+from pythia_fast.parallel.degrees import degrees
 from pythia_fast.parallel.groups import START, join, launch_store
 from pythia_fast.parallel.mesh import local_device, together
 from pythia_fast.parallel.same import check_same_page
@@ -102,10 +103,16 @@ class Launch:
     def page(self, read: Callable[[], Config]) -> Config:
         """The page that read() gives on every process; its time-out is the launch's.
 
-        Raises InputError on all where it cannot be read on one, or names the first key that
-        differs.
+        Raises InputError on all where it cannot be read on one or does not fit the launch, or
+        names the first key that differs.
         """
-        pages = together(self._control, read)
+
+        def fitting() -> Config:
+            config = read()
+            degrees(config, self.world)
+            return config
+
+        pages = together(self._control, fitting)
         check_same_page(pages)
         config = pages[self.rank]
         self.limit = config.parallel.timeout
@@ -175,7 +182,8 @@ class Launch:
         verdict = self._verdict()
         if verdict is None and self._store and isinstance(error, RuntimeError | Terminated):
             verdict = self._look(error)
-        if verdict is None and self.rank > 0 and isinstance(error, Ending):
+        shared = isinstance(error, Ending) and error.shared
+        if verdict is None and self.rank > 0 and isinstance(error, Ending) and not shared:
             verdict = self._said_by_all()
         if verdict is not None:
             return verdict
@@ -183,12 +191,12 @@ class Launch:
         if known is None:
             traceback.print_exception(error)
         line, code = known or (" ".join(f"{type(error).__name__}: {error}".split()), 1)
-        where = f"rank {self.rank}: " if self.rank > 0 and line else ""
+        where = f"rank {self.rank}: " if self.rank > 0 and line and not shared else ""
         return self._give(Verdict(where + line, code))
 
     def _said_by_all(self) -> Verdict | None:
-        """Rank 0's verdict, where all raise the same: it has no rank's name in it."""
-        until = time.monotonic() + BEAT
+        """Rank 0's verdict, where all raise the same, if each by itself: it names no rank."""
+        until = time.monotonic() + GRACE
         while time.monotonic() < until:
             if (verdict := self._verdict()) is not None:
                 return verdict
