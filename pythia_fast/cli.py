@@ -13,11 +13,15 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pythia_fast import __version__
-from pythia_fast.command import Parser, add_command, print_rows, speaks
+from pythia_fast.command import Parser, add_command, print_rows, several, speaks
 from pythia_fast.data.cli import add_data_commands
-from pythia_fast.errors import CheckError, Ending, InputError
+from pythia_fast.errors import InputError, outcome
+
+if TYPE_CHECKING:
+    from pythia_fast.config import Config
 
 _OVERRIDE = re.compile(r"--([a-z_]+\.[a-z_]+|recipe)(=.*)?", re.DOTALL)
 
@@ -25,6 +29,7 @@ _OVERRIDE = re.compile(r"--([a-z_]+\.[a-z_]+|recipe)(=.*)?", re.DOTALL)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    given = given[given[:1] == ["--"] :]  # behind it torchrun takes no flag for one of its own
     try:
         given, overrides = _split_overrides(given)
         options, unknown = _parser().parse_known_args(given)
@@ -36,25 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"{options.config} is a directory, expected a page")
         options.overrides = overrides
         return options.run_command(options) or 0
-    except InputError as error:
-        return _fail(error, 2)
-    except CheckError as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; nothing more to say
         return 0
-    except OSError as error:  # a full disk, a folder that may not be written
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(InputError(f"{where}{error.strerror or error}"), 2)
+    except (Exception, KeyboardInterrupt) as error:
+        found = outcome(error)
+        if found is None:
+            raise
+        return _fail(error, *found)
 
 
-def _fail(error: Ending, code: int) -> int:
+def _fail(error: BaseException, line: str, code: int) -> int:
     """What all processes of a launch raise is said by the first."""
-    where = "" if error.rank is None else f"rank {error.rank}: "
-    if where or speaks():
-        print(f"pythia-fast: {where}{' '.join(str(error).split())}", file=sys.stderr)
+    rank = getattr(error, "rank", None)
+    where = "" if rank is None else f"rank {rank}: "
+    if line and (where or speaks()):
+        print(f"pythia-fast: {where}{line}", file=sys.stderr)
     return code
 
 
@@ -88,10 +90,23 @@ def _suggestion(flag: str) -> str:
 def _train(options: argparse.Namespace) -> int:
     from pythia_fast.config import load
 
-    config = load(options.config, options.overrides)
+    def read() -> Config:
+        return load(options.config, options.overrides)
+
+    if not several():
+        return _train_page(options, read())
+    from pythia_fast.parallel.launch import Launch
+
+    with Launch() as launch:
+        return _train_page(options, launch.page(read))
+
+
+def _train_page(options: argparse.Namespace, config: Config) -> int:
     if options.explain:
         from pythia_fast.explain import as_text, explain
 
+        if not speaks():
+            return 0
         print_rows(options, list(explain(config)), as_text(config))
         return 0
     run = options.run or Path("runs") / options.config.stem

@@ -48,6 +48,11 @@ def _keys_page(example: str) -> str:
     return "\n".join(lines)
 
 
+def several() -> bool:
+    """Whether this process is one of several of a launch."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def speaks() -> bool:
     """Whether this is the process of a launch that prints what all have found."""
     return os.environ.get("RANK", "0") == "0"

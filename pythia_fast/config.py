@@ -164,6 +164,9 @@ class Parallel:
     shard: Literal["none", "optimizer", "full"] = _key(
         "optimizer", "what data-parallel processes split: nothing, optimizer states, weights too"
     )
+    timeout: float = _key(
+        600.0, "seconds without an answer after which a process is given up, once a step is done"
+    )
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,7 @@ _NOT_DECISIVE = frozenset(
     train.valid_every train.valid_rows optimizer.backend kernels.backend kernels.recompute
     kernels.graph checkpoint.steps checkpoint.every checkpoint.keep
     parallel.data parallel.tensor parallel.pipeline parallel.sequence parallel.schedule
-    parallel.stages_per_rank parallel.shard
+    parallel.stages_per_rank parallel.shard parallel.timeout
     log.every log.sample log.tensorboard log.wandb
     """.split()
 )

@@ -1,4 +1,6 @@
-"""The two ways a command ends that are not a bug; ``cli.main`` prints one line for each."""
+"""The ways a command ends that are not a bug: one line, or none, and an exit code."""
+
+from __future__ import annotations
 
 
 class Ending(Exception):
@@ -18,3 +20,22 @@ class InputError(Ending):
 
 class CheckError(Ending):
     """The thing that was checked is wrong. Exit code 1."""
+
+
+class Terminated(Exception):
+    """SIGTERM outside of training, where there is nothing to save. Exit code 143."""
+
+
+def outcome(error: BaseException) -> tuple[str, int] | None:
+    """(line, exit code) of a command that ends with `error`; None: a bug, which has a traceback."""
+    line = " ".join(str(error).split())
+    if isinstance(error, InputError | CheckError):
+        return line, 2 if isinstance(error, InputError) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return "", 130
+    if isinstance(error, Terminated):
+        return line, 143
+    if isinstance(error, OSError):  # a full disk, a folder that may not be written
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}", 2
+    return None

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 
-from pythia_fast.errors import CheckError
+from pythia_fast.errors import CheckError, Ending
 from pythia_fast.parallel.mesh import together
 from pythia_fast.pieces import LoadPlanner, Pieces, SavePlanner
 
@@ -211,7 +211,10 @@ def _plain_errors() -> Iterator[None]:
         try:
             yield
         except CheckpointException as error:
-            cause, _ = next(iter(error.failures.values()))
+            rank = min(error.failures)
+            cause, _ = error.failures[rank]
+            if rank > 0 and not isinstance(cause, Ending | OSError):
+                raise RuntimeError(f"rank {rank}: {type(cause).__name__}: {cause}") from None
             raise cause from None
 
 

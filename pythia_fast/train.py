@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from pythia_fast.ops import select
 from pythia_fast.optim import AdamW, learning_rate
 from pythia_fast.parallel.mesh import Mesh, joined, local_device
 from pythia_fast.parallel.pipeline import Pipeline, keep_own
+from pythia_fast.parallel.same import check_same_data
 from pythia_fast.parallel.tensor import local_part, localise, tensor_ops
 from pythia_fast.progress import say
 
@@ -203,6 +204,7 @@ class Trainer:
                 except CheckError as error:  # loss scaling gave up
                     raise self._end(str(error)) from None
                 self.journal.trained(batch)
+                self.mesh.settle(c.parallel.timeout)
                 clock.tick()
                 # agreed upon once a step: a signal that arrives later ends the next step
                 stop = self.mesh.largest(arrived[0] if arrived else 0)
@@ -406,14 +408,16 @@ class _Clock:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM land in the list and end the run after its step; a second one at once."""
+    """SIGINT and SIGTERM land in the list and end the run after its step; two SIGINT at once."""
     arrived: list[int] = []
 
     def note(signum: int, _: object) -> None:
-        if arrived:
-            raise KeyboardInterrupt
+        again = bool(arrived)
         arrived.append(signum)
-        say(f"{signal.Signals(signum).name}: saving after this step (again: stop at once)")
+        if not again:
+            say(f"{signal.Signals(signum).name}: saving after this step (Ctrl-C again: at once)")
+        elif signum == signal.SIGINT:  # a job's manager and torchrun may both pass on a SIGTERM
+            raise KeyboardInterrupt
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -436,8 +440,11 @@ def train(config: Config, run: Path) -> dict[str, Any]:
         if mesh.main:
             for line in differences(config):
                 say(f"differs from the published recipe: {line}")
-        with checkpoint.RunLock(run) if mesh.main else nullcontext():
-            return Trainer(config, run, mesh).run()
+        with ExitStack() as stack:
+            mesh.each(lambda: mesh.main and stack.enter_context(checkpoint.RunLock(run)))
+            trainer = mesh.each(lambda: Trainer(config, run, mesh))
+            check_same_data(mesh, trainer.rows, config)
+            return trainer.run()
 
 
 # what an imported model computes; its activation and rotary table are the trainer's choice, because

@@ -23,6 +23,7 @@ def validate(config: Config) -> None:
         _positive(config, name)
     for name in ("checkpoint.keep", "model.rotary_base", "model.norm_eps", "optimizer.lr"):
         _positive(config, name)
+    _positive(config, "parallel.timeout")
     if m.hidden % m.heads:
         raise InputError(f"model.heads = {m.heads} does not divide model.hidden = {m.hidden}")
     if not 0 < m.rotary_pct <= 1 or m.rotary_dim % 2 or m.rotary_dim == 0:

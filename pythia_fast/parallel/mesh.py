@@ -14,6 +14,7 @@ from torch import Tensor
 from pythia_fast.config import Config
 from pythia_fast.errors import CheckError, Ending, InputError
 from pythia_fast.parallel.degrees import AXES, Degrees, degrees
+from pythia_fast.parallel.groups import START, join, shorten
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
@@ -32,11 +33,12 @@ class Mesh:
         self.degrees, self.rank, self.device = degrees, rank, device
         self.stage, self.copy, self.part = degrees.coordinates(rank)
         self.device_mesh: DeviceMesh | None = None
+        self._settled = False
         self.control: ProcessGroup | None = None  # of all, on CPUs: nothing on a GPU waits for it
         if degrees.world > 1:
             from torch.distributed.device_mesh import init_device_mesh
 
-            self.control = dist.new_group(backend="gloo")
+            self.control = dist.new_group(backend="gloo", timeout=START)
             shape = (degrees.pipeline, degrees.data, degrees.tensor)
             self.device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
 
@@ -65,6 +67,18 @@ class Mesh:
         nobody is left waiting, and all end the same way.
         """
         return together(self.control, action)
+
+    def each(self, action: Callable[[], T]) -> T:
+        """As `together`: this process's own result, whatever it is."""
+        return each(self.control, action)
+
+    def settle(self, seconds: float) -> None:
+        """Time-outs of collectives once a first step is done, compiled and all: `seconds`."""
+        if self.control is not None and not self._settled:
+            axes = [g for g in (self.group(axis) for axis in AXES) if g is not None]
+            assert dist.group.WORLD is not None
+            shorten([dist.group.WORLD, self.control, *axes], seconds)
+            self._settled = True
 
     def sum_(self, total: Tensor, axis: str) -> Tensor:
         """total ← its sum along an axis; returns it."""
@@ -100,6 +114,13 @@ def together(group: ProcessGroup | None, action: Callable[[], T]) -> list[T]:
     return [result for result, _ in outcomes]
 
 
+def each(group: ProcessGroup | None, action: Callable[[], T]) -> T:
+    """`Mesh.each` on the processes of a CPU group."""
+    own: list[T] = []
+    together(group, lambda: own.append(action()))
+    return own[0]
+
+
 def world_size() -> int:
     """Processes of this launch, as torchrun says."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -116,7 +137,7 @@ def local_device() -> torch.device:
 
 @contextmanager
 def joined(c: Config) -> Iterator[Mesh]:
-    """Joins the processes of this launch (gloo on CPUs, NCCL on GPUs) and leaves them at the end.
+    """The mesh on the processes of this launch; joins and leaves them where nobody has joined.
 
     Degrees are checked before anything is joined. Raises InputError on every process alike.
     """
@@ -125,11 +146,14 @@ def joined(c: Config) -> Iterator[Mesh]:
     if found.world == 1:
         yield Mesh(found, 0, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    here = not dist.is_initialized()  # else the launch has joined them
+    if here:
+        join(device)
     try:
         yield Mesh(found, rank, device)
     except Ending as error:
         error.rank = None if error.shared else rank
         raise
     finally:
-        dist.destroy_process_group()
+        if here:
+            dist.destroy_process_group()
