@@ -155,10 +155,14 @@ class AdamW:
         """A parameter's boxes in one of the own buffers, at their place in the whole parameter."""
         slot, mesh, dim = self.slots[name], self.mesh, split_dim(name)
         whole, shift = list(slot.shape), [0] * len(slot.shape)
+        if self._full:
+            shift[0] = mesh.copy * whole[0]
+            whole[0] *= mesh.degrees.data
         if dim is not None:
-            shift[dim] = mesh.part * whole[dim]
+            shift[dim] += mesh.part * whole[dim]
             whole[dim] *= mesh.degrees.tensor
-        alone = (dim is not None or mesh.part == 0) and (self._sharded or mesh.copy == 0)
+        split = self._sharded or self._full
+        alone = (dim is not None or mesh.part == 0) and (split or mesh.copy == 0)
         pieces = Pieces(torch.Size(whole), own.dtype, writes=alone)
         for part, piece in zip(self.own.of_own(own), self.own.pieces, strict=True):
             for offsets, box in boxes_of(part, piece, slot.start, slot.shape, slot.stride):

@@ -22,6 +22,7 @@ SMALL = """
 """.split()  # clipped from the first step on: the norm reaches the weights
 TENSOR2 = ["--parallel.tensor", "2"]
 SEQUENCE = ["--parallel.sequence", "true"]
+FULL = ["--parallel.shard", "full"]
 # Sums of at most 256 products in fp32 are cut in P parts: a few units of 2⁻²⁴ of the largest. Over
 # steps Adam follows the sign of gradients that are rounding alone; they do not move the loss.
 GRADIENT, LOSS = 2e-6, 1e-6
@@ -59,6 +60,7 @@ LAYOUTS = [
     (2, [*TENSOR2, *SEQUENCE]),
     (4, [*TENSOR2, "--parallel.shard", "none"]),
     (4, [*TENSOR2, *SEQUENCE]),
+    (4, [*TENSOR2, *FULL]),
     (4, ["--parallel.tensor", "4"]),
 ]
 MORE = [
@@ -67,6 +69,9 @@ MORE = [
     (8, [*TENSOR2, *SEQUENCE, "--parallel.shard", "none"]),
     (8, ["--parallel.tensor", "4"]),
     (8, ["--parallel.tensor", "4", *SEQUENCE]),
+    (4, [*TENSOR2, *SEQUENCE, *FULL]),
+    (8, [*TENSOR2, *SEQUENCE, *FULL]),
+    (8, ["--parallel.tensor", "4", *FULL]),
 ]
 
 
@@ -127,12 +132,14 @@ CHAIN = [
     (4, []),
     (2, TENSOR2),
     (4, [*TENSOR2, *SEQUENCE, "--parallel.shard", "none"]),
+    (4, FULL),
+    (4, [*TENSOR2, *FULL]),
     (1, []),
 ]
 
 
 def test_any_layout_loads_what_any_other_saved(ranks: Ranks, page: str, tmp_path: Path) -> None:
-    """Weights and both moments by sha256 after each of nine changes of the layout."""
+    """Weights and both moments by sha256 after each of eleven changes of the layout."""
     source = tmp_path / "trained"
     ranks.call(4, run, page, [*SMALL, *TENSOR2], str(source))
     wanted = digests(source)

@@ -14,7 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from pythia_fast import checkpoint
 from pythia_fast.config import Config, load
 from pythia_fast.data.loader import read_batch
-from pythia_fast.optim import AdamW
+from pythia_fast.parallel.data import in_place_of
 from pythia_fast.parallel.mesh import Mesh, joined
 from pythia_fast.train import Trainer, train
 
@@ -41,7 +41,7 @@ def follow(page: str, flags: list[str], steps: int, faulty: str | None = None) -
     with joined(config) as mesh, fault(faulty):
         trainer = trainer_at_start(config, mesh, Path(page).parent / "run")
         found = [step(trainer, 0)]
-        moments = {n: t.numpy().copy() for n, t in whole(trainer.optimizer).items()}
+        moments = {n: t.numpy().copy() for n, t in whole(trainer).items()}
         found += [step(trainer, i) for i in range(1, steps)]
         valid = trainer.validate()
         place = {
@@ -52,12 +52,15 @@ def follow(page: str, flags: list[str], steps: int, faulty: str | None = None) -
         return {"steps": np.array(found), "moments": moments, "valid": valid, **place}
 
 
-def whole(o: AdamW) -> dict[str, Tensor]:
+def whole(trainer: Trainer) -> dict[str, Tensor]:
     """First moments by name, of this process's tensor-parallel part."""
+    o, parameters = trainer.optimizer, trainer.model.named_parameters()
     flat = o.exp_avg
     if o._sharded:
         flat = o.exp_avg.new_empty(o.layout.size)
         o.own.gather(flat, o.exp_avg, o._copies)
+    if o._full:
+        return {n: in_place_of(p, o.views(flat)[n]).full_tensor() for n, p in parameters}
     return o.views(flat)
 
 
