@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from parallel_faults import fault
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from pythia_fast import checkpoint
 from pythia_fast.config import Config, load
+from pythia_fast.data.commands import rows_from
 from pythia_fast.data.loader import read_batch
+from pythia_fast.model import Pythia, initial_weights, materialise
+from pythia_fast.optim import DTYPES
 from pythia_fast.parallel.data import in_place_of
 from pythia_fast.parallel.mesh import Mesh, joined
 from pythia_fast.train import Trainer, train
@@ -62,6 +66,20 @@ def whole(trainer: Trainer) -> dict[str, Tensor]:
     if o._full:
         return {n: in_place_of(p, o.views(flat)[n]).full_tensor() for n, p in parameters}
     return o.views(flat)
+
+
+def exact_gradients(page: str, flags: list[str]) -> dict[str, Tensor]:
+    """float64 gradients of the first step's mean loss, of the weights that the run computes with."""
+    c = load(page, flags)
+    model = Pythia(c.model)
+    materialise(model, "cpu", torch.float64)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, drawn in initial_weights(c.model, c.train.seed):
+            parameters[name].copy_(drawn.to(DTYPES[c.precision.compute]))
+    rows = rows_from(c).tokens(0, c.train.batch_size)
+    model.loss(torch.from_numpy(rows.astype(np.int64))).backward()
+    return {n: p.grad for n, p in parameters.items() if p.grad is not None}
 
 
 def collectives(page: str, flags: list[str]) -> dict[str, int]:
