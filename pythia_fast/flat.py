@@ -49,8 +49,10 @@ class Layout:
         return self.buckets[-1].stop
 
 
-def lay_out(shapes: dict[str, torch.Size], decay_embeddings: bool, copies: int = 1) -> Layout:
-    """copies: data-parallel processes that own a part of each bucket."""
+def lay_out(
+    shapes: dict[str, torch.Size], decay_embeddings: bool, copies: int = 1, paired: bool = True
+) -> Layout:
+    """copies: data-parallel processes that own a part of each bucket. paired: see `_place`."""
     unit = copies * ALIGN
     slots: dict[str, Slot] = {}
     end, ends = 0, []  # where each kind ends
@@ -58,7 +60,7 @@ def lay_out(shapes: dict[str, torch.Size], decay_embeddings: bool, copies: int =
     for kind in range(4):
         of_kind = {n: s for n, s in shapes.items() if _kind(n, decay_embeddings) == kind}
         for group in _groups(of_kind) if kind == 0 else [of_kind]:
-            placed, end = _place(group, end)
+            placed, end = _place(group, end, paired)
             slots |= placed
             if kind == 0:
                 end = -(-end // unit) * unit
@@ -108,18 +110,19 @@ def _buckets(cuts: list[int]) -> Iterator[slice]:
 _LEFT, _RIGHT = "attention.dense.weight", "mlp.dense_4h_to_h.weight"
 
 
-def _place(shapes: dict[str, torch.Size], start: int) -> tuple[dict[str, Slot], int]:
+def _place(shapes: dict[str, torch.Size], start: int, paired: bool) -> tuple[dict[str, Slot], int]:
     """Slots of parameters (matrices, vectors) one after another from `start`, and where they end.
 
-    attention.dense.weight (h, h) and mlp.dense_4h_to_h.weight (h, 4h) of a layer are the columns of
-    one (h, 5h) matrix: [ctx | gelu] [Wo W2]ᵀ is then one product over both.
+    paired: attention.dense.weight (h, h) and mlp.dense_4h_to_h.weight (h, 4h) of a layer are the
+    columns of one (h, 5h) matrix: [ctx | gelu] [Wo W2]ᵀ is then one product over both.
     """
     slots: dict[str, Slot] = {}
     for name in shapes:
         if name in slots:  # came with its partner
             continue
         pair = (name, name.removesuffix(_LEFT) + _RIGHT)
-        joined = pair if name.endswith(_LEFT) and pair[1] in shapes else pair[:1]
+        together = paired and name.endswith(_LEFT) and pair[1] in shapes
+        joined = pair if together else pair[:1]
         columns = [shapes[n][-1] for n in joined]
         for n, before in zip(joined, itertools.accumulate(columns, initial=0), strict=False):
             slots[n] = Slot(start + before, shapes[n], sum(columns))

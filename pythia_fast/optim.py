@@ -23,7 +23,7 @@ from pythia_fast.config import Parallel, Precision
 from pythia_fast.flat import lay_out
 from pythia_fast.loss_scale import LossScale
 from pythia_fast.ops import Ops
-from pythia_fast.parallel.data import Ownership, Reduction
+from pythia_fast.parallel.data import Ownership, Reduction, at_hand, in_place_of
 from pythia_fast.parallel.mesh import Mesh
 from pythia_fast.parallel.tensor import split_dim
 from pythia_fast.pieces import Pieces, boxes_of
@@ -75,11 +75,12 @@ class AdamW:
         """mesh, parallel: this process among others, and what they share; None: it is alone."""
         self.config, self.precision, self.ops = c, precision, ops
         self.mesh, self.parallel = mesh or Mesh.alone(device), parallel or Parallel()
-        self._copies = self.mesh.group("data")
-        self._sharded = self._copies is not None and self.parallel.shard == "optimizer"
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        shard = self.parallel.shard if self.mesh.degrees.data > 1 else "none"
+        self._sharded, self._full = shard == "optimizer", shard == "full"
+        self._copies = None if self._full else self.mesh.group("data")  # who adds gradients up here
+        shapes = {name: at_hand(parameter).shape for name, parameter in model.named_parameters()}
         copies = self.mesh.degrees.data if self._sharded else 1
-        self.layout = layout = lay_out(shapes, c.decay_embeddings, copies)
+        self.layout = layout = lay_out(shapes, c.decay_embeddings, copies, paired=not self._full)
         self.slots = layout.slots
         self.own = Ownership(layout.buckets, copies, self.mesh.copy if self._sharded else 0)
         self._device = device
@@ -112,7 +113,7 @@ class AdamW:
         )
         self.grad = self._zeros(size, precision.gradients)
         # the model's weights are views of `weight`; an update writes master and `_own_weight`
-        wide = precision.compute == "fp32"
+        wide = precision.compute == "fp32" or self._full  # FSDP casts what it gathers
         in_master = wide and not self._sharded
         self.weight = self.master if in_master else self._zeros(size, precision.compute)
         self._own_weight, self._own_grad = None if wide else self.weight, self.grad
@@ -128,7 +129,7 @@ class AdamW:
         bound = []
         for name in [n for n, _ in model.named_parameters()]:
             owner, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(weights[name])
+            parameter = nn.Parameter(in_place_of(model.get_parameter(name), weights[name]))
             setattr(model.get_submodule(owner), leaf, parameter)
             bound.append((parameter, grads[name]))
         return bound
@@ -161,10 +162,14 @@ class AdamW:
         """A parameter's boxes in one of the own buffers, at their place in the whole parameter."""
         slot, mesh, dim = self.slots[name], self.mesh, split_dim(name)
         whole, shift = list(slot.shape), [0] * len(slot.shape)
+        if self._full:
+            shift[0] = mesh.copy * whole[0]
+            whole[0] *= mesh.degrees.data
         if dim is not None:
-            shift[dim] = mesh.part * whole[dim]
+            shift[dim] += mesh.part * whole[dim]
             whole[dim] *= mesh.degrees.tensor
-        alone = (dim is not None or mesh.part == 0) and (self._sharded or mesh.copy == 0)
+        split = self._sharded or self._full
+        alone = (dim is not None or mesh.part == 0) and (split or mesh.copy == 0)
         pieces = Pieces(torch.Size(whole), own.dtype, writes=alone)
         for part, piece in zip(self.own.of_own(own), self.own.pieces, strict=True):
             for offsets, box in boxes_of(part, piece, slot.start, slot.shape, slot.stride):
@@ -215,9 +220,9 @@ class AdamW:
     def _take(self, parameter: nn.Parameter, flat: Tensor) -> None:
         assert parameter.grad is not None
         if self.fresh:
-            flat.copy_(parameter.grad)
+            flat.copy_(at_hand(parameter.grad))
         else:
-            flat.add_(parameter.grad)
+            flat.add_(at_hand(parameter.grad))
         parameter.grad = None
 
     def finished(self, grads: Iterable[Tensor]) -> None:
@@ -323,7 +328,7 @@ class AdamW:
         )
         square = norm.square() + ((copies if mesh.part == 0 else 0) - 1) * replicated.square()
         if world > 1:
-            if not self._sharded and mesh.copy > 0:
+            if not (self._sharded or self._full) and mesh.copy > 0:
                 square.zero_()
             dist.all_reduce(square)
         return square.sqrt()

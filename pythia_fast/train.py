@@ -34,7 +34,8 @@ from pythia_fast.lean import LeanAdamW
 from pythia_fast.metrics import read_steps, require_trackers
 from pythia_fast.model import Pythia, initial_weights
 from pythia_fast.ops import select
-from pythia_fast.optim import AdamW, learning_rate
+from pythia_fast.optim import DTYPES, AdamW, learning_rate
+from pythia_fast.parallel.data import put_, shard_fully
 from pythia_fast.parallel.mesh import Mesh, joined, local_device
 from pythia_fast.parallel.pipeline import Pipeline, keep_own
 from pythia_fast.parallel.same import check_same_data
@@ -70,6 +71,8 @@ class Trainer:
             localise(self.model, self.mesh.degrees.tensor)
         if self.mesh.group("pipeline") is not None:
             keep_own(self.model, c, self.mesh)
+        if self._full:
+            shard_fully(self.model, self.mesh, DTYPES[c.precision.compute])
         of = (self.model, c.optimizer, c.precision, ops, self.device, self.mesh, c.parallel)
         lean = c.optimizer.states == "lean"
         self.optimizer = LeanAdamW(*of, seed=c.train.seed) if lean else AdamW(*of)
@@ -85,12 +88,17 @@ class Trainer:
         self.first_step = 0  # that of the checkpoint a run was imported from
         self.lr = 0.0  # of the last step
 
+    @property
+    def _full(self) -> bool:
+        """Whether FSDP2 holds the weights."""
+        return self.config.parallel.shard == "full" and self.mesh.degrees.data > 1
+
     def _fuse(self) -> None:
         """Gives the model its fused blocks and head: on the kernels, with gradients added in fp32.
 
         Lean states may add them in bf16, of which there is no original to follow. Not where
         gradients may differ run to run: attention is then torch's where that is faster.
-        Nor where the residual stream is split by positions.
+        Nor where the residual stream is split by positions, or weights by rows.
         """
         c, model = self.config, self.model
         lean = c.optimizer.states == "lean" and c.precision.ranks == 1
@@ -99,7 +107,7 @@ class Trainer:
             return
         from pythia_fast import block  # triton, which not every platform has
 
-        if c.parallel.sequence:
+        if c.parallel.sequence or self._full:
             return
         if block.takes(c.model.head_dim, c.model.rotary_dim, self.optimizer.weight.dtype):
             recompute = c.kernels.recompute == "selective"
@@ -169,11 +177,14 @@ class Trainer:
         assert self.valid_tokens is not None
         tokens = self._staged(self.valid_tokens).to(self.device, non_blocking=True)
         scale = 1.0 / (tokens.shape[0] * (tokens.shape[1] - 1))
-        mine = tokens.split(self.config.train.micro_batch_size)[
-            self.mesh.copy :: self.mesh.degrees.data
-        ]
+        rows = tokens.split(self.config.train.micro_batch_size)
         loss = self.model.loss if self.pipeline is None else self.pipeline.evaluate
-        total = sum((loss(rows, scale) for rows in mine), torch.zeros((), device=self.device))
+        total = torch.zeros((), device=self.device)
+        for start in range(0, len(rows), self.mesh.degrees.data):  # every process runs as often
+            mine = start + self.mesh.copy
+            found = loss(rows[min(mine, len(rows) - 1)], scale)
+            if mine < len(rows):
+                total += found
         return self.mesh.sum_(total, "data").item()
 
     # --- the loop ---
@@ -335,9 +346,10 @@ class Trainer:
         """Draws the initial weights, the same on any layout: each process keeps its part."""
         parameters = dict(self.model.named_parameters())
         parts, part = self.mesh.degrees.tensor, self.mesh.part
+        dtype = DTYPES[self.config.precision.compute]
         for name, drawn in initial_weights(self.config.model, self.config.train.seed):
             if name in parameters:
-                parameters[name].copy_(local_part(name, drawn, parts, part))
+                put_(parameters[name], local_part(name, drawn, parts, part), dtype)
         self.optimizer.sync_weights(from_model=True)
 
     def _save(self) -> None:

@@ -3,6 +3,8 @@
 What a process updates of the flat buffers (`optim.AdamW`), by parallel.shard:
 
     none        all of it, as every other process does; gradients meet in an all-reduce
+    full        its rows of every parameter, by FSDP2: a layer's weights are gathered in the compute
+                dtype when it runs, its gradients meet in a reduce-scatter in fp32 each microbatch
     optimizer   one part in D of each bucket: gradients meet in a reduce-scatter, once a step and
                 in fp32; master weights and moments exist for that part alone; after the update the
                 weights are gathered in the compute dtype, once a step
@@ -12,7 +14,8 @@ of their buckets are its own buffers, so that one launch updates them. Gradients
 averaged: the loss is divided by the positions of the whole step.
 
 Bytes that a process sends in a step of N parameters: 2·g·N·(D−1)/D for gradients of g bytes where
-nothing is sharded, else (g + w)·N·(D−1)/D with weights of w bytes.
+nothing is sharded; (g + w)·N·(D−1)/D with optimizer states sharded and weights of w bytes; and with
+everything sharded (g + 2w)·N·(D−1)/D a microbatch.
 """
 
 from __future__ import annotations
@@ -20,12 +23,17 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from pythia_fast.parallel.mesh import all_gather, reduce_scatter
+from pythia_fast.parallel.mesh import Mesh, all_gather, reduce_scatter
+
+if TYPE_CHECKING:
+    from pythia_fast.model import Pythia
 
 
 @dataclass(frozen=True)
@@ -135,3 +143,57 @@ class Reduction:
             work = dist.all_reduce(total, group=self.group, async_op=True)
         assert work is not None
         self._running[bucket] = work, source
+
+
+# --- parameters that FSDP2 shards -----------------------------------------------------------------
+
+
+def shard_fully(model: Pythia, mesh: Mesh, compute: torch.dtype) -> None:
+    """Splits the rows of each (meta) parameter over data-parallel processes, a layer a group.
+
+    Parameters become DTensors, of which the optimizer's fp32 master holds the local part: FSDP2
+    reads anew, before its first forward pass, what the model's parameters then are.
+    """
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    assert mesh.device_mesh is not None
+    copies = mesh.device_mesh["data"]
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for layer in model.gpt_neox.layers:
+        fully_shard(layer, mesh=copies, mp_policy=policy)
+    fully_shard(model, mesh=copies, mp_policy=policy)
+    register_fsdp_forward_method(model, "loss")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # a sum: the loss has been divided
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def at_hand(t: Any) -> Tensor:
+    """What this process holds of a DTensor; any other tensor as it is."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def put_(parameter: Any, whole: Tensor, dtype: torch.dtype) -> None:
+    """parameter ← what this process holds of `whole`, rounded to dtype on the way."""
+    if hasattr(parameter, "to_local"):
+        copies = parameter.device_mesh
+        whole = whole.chunk(copies.size())[copies.get_local_rank()]
+    at_hand(parameter).copy_(whole.to(dtype))
+
+
+def in_place_of(parameter: Any, local: Tensor) -> Tensor:
+    """`local` as what this process holds of a parameter like that one."""
+    if not hasattr(parameter, "to_local"):
+        return local
+    from torch.distributed.tensor import DTensor  # half a second of imports
+
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements,
+        run_check=False, shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip

@@ -74,4 +74,22 @@ def degrees(c: Config, world: int) -> Degrees:
             f"parallel.data = {data} is not precision.sum_ranks = {c.precision.sum_ranks}: 16-bit "
             "gradients add up over as many processes as ranks, or all on one"
         )
+    if p.shard == "full" and data > 1:
+        _check_full(c, data)
     return Degrees(p.pipeline, data, p.tensor)
+
+
+def _check_full(c: Config, data: int) -> None:
+    """FSDP2 splits rows of what a tensor-parallel process holds, evenly, and sums in fp32."""
+    p, m = c.parallel, c.model
+    if c.precision.gradients != "fp32":
+        raise InputError(
+            f"parallel.shard = 'full' sums gradients in fp32, not precision.gradients = "
+            f"{c.precision.gradients!r}"
+        )
+    for name, rows in (("model.vocab_size", m.vocab_size), ("model.hidden", m.hidden)):
+        if rows % (p.tensor * data):
+            raise InputError(
+                f"{name} = {rows} is not divisible by parallel.data = {data} times "
+                f"parallel.tensor = {p.tensor}, which parallel.shard = 'full' needs"
+            )

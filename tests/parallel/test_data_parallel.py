@@ -57,6 +57,7 @@ def check_equal(results: list[dict[str, Any]], one: dict[str, Any], losses: floa
         assert result["norms"][0] == pytest.approx(one["norms"][0], rel=1e-6)
         assert result["losses"][0] == pytest.approx(one["losses"][0], rel=1e-6)
         assert result["losses"] == pytest.approx(one["losses"], rel=losses)
+        assert result["valid"] == pytest.approx(one["valid"], rel=losses)
         assert result["norms"] == pytest.approx(one["norms"], rel=20 * losses)
         assert (result["losses"], result["norms"]) == (results[0]["losses"], results[0]["norms"])
         for kind in ("weights", "master", "exp_avg_sq"):  # every process has the same bits
@@ -71,6 +72,11 @@ CASES = [
     pytest.param(2, "none", "bf16"),
     pytest.param(4, "optimizer", "bf16"),
     pytest.param(2, "optimizer", "fp32 on ops"),
+    pytest.param(2, "full", "fp32"),
+    pytest.param(4, "full", "bf16"),
+    pytest.param(2, "full", "bf16", marks=pytest.mark.parallel),
+    pytest.param(4, "full", "fp32 on ops", marks=pytest.mark.parallel),
+    pytest.param(8, "full", "fp32", marks=pytest.mark.parallel),
     pytest.param(2, "none", "fp32", marks=pytest.mark.parallel),
     pytest.param(2, "optimizer", "bf16", marks=pytest.mark.parallel),
     pytest.param(4, "none", "fp32", marks=pytest.mark.parallel),
@@ -89,8 +95,8 @@ def test_steps_equal_those_of_one_process(
     results = ranks.call(world, data_parallel.steps, page, [*flags, "--parallel.shard", shard], 4)
     check_equal(results, alone[compute], BF16_LOSSES if compute == "bf16" else LOSSES)
     for result in results:
-        parts = world if shard == "optimizer" else 1
-        padding = 128 * world * result["buckets"]  # elements, at most
+        parts = 1 if shard == "none" else world
+        padding = 128 * world * len(result["weights"])  # elements, at most
         assert result["states"] * parts < alone["fp32"]["states"] + padding
 
 
@@ -117,7 +123,7 @@ def check_same_gradients(results: list[dict[str, Any]], one: dict[str, Any]) -> 
             assert torch.equal(result["gradients"][name], gradient), name
 
 
-UNSHARDED = ["--parallel.shard", "none"]
+FULL, UNSHARDED = ["--parallel.shard", "full"], ["--parallel.shard", "none"]
 DATA, OPTIM, LOADER = (
     f"pythia_fast/{name}.py" for name in ("parallel/data", "optim", "data/loader")
 )
@@ -133,6 +139,8 @@ MUTANTS = [
     Mutant("weights of torch's update not gathered", OPTIM, "if not from_model and self._sharded:", "if False:"),
     Mutant("every microbatch sets off", OPTIM, "self._reduction is not None and self.last", "self._reduction is not None"),
     Mutant("nothing sets off early", OPTIM, "self._reduction is not None and self.last", "False"),
+    Mutant("validation of the own rows", "pythia_fast/train.py", 'return self.mesh.sum_(total, "data").item()', "return total.item()"),
+    Mutant("FSDP averages", DATA, "            module.set_gradient_divide_factor(1.0)  # a sum: the loss has been divided\n", ""),
     Mutant("averaged", DATA, "        for work, _ in self._running.values():\n            work.wait()\n", "        for work, _ in self._running.values():\n            work.wait()\n        for total in self.totals:\n            total.div_(2)\n"),
 ]  # fmt: skip
 
@@ -144,14 +152,16 @@ def check_early(results: list[dict[str, Any]]) -> None:
         assert result["early"] == [5] * len(result["losses"])
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_mutants_are_killed(
     mutant: Mutant, ranks: Ranks, page: Path, alone: dict[str, Any]
 ) -> None:
-    def check(like: str, flags: list[str]) -> None:
+    def check(like: str, flags: list[str], buckets: bool = True) -> None:
         results = ranks.call(2, data_parallel.steps_of_mutant, page, flags, 4, mutant)
         check_equal(results, alone[like], LOSSES)
-        check_early(results)
+        if buckets:
+            check_early(results)
 
     def check_fp16() -> None:
         one = data_parallel.steps(page, FP16, 1)
@@ -164,6 +174,7 @@ def test_mutants_are_killed(
         lambda: check("fp32 on ops", ON_OPS),
         lambda: check("fp32", FP32),
         lambda: check("fp32", UNSHARDED),
+        lambda: check("fp32", FULL, buckets=False),
         check_fp16,
     ):
         try:
@@ -191,10 +202,21 @@ def test_ranks_that_are_processes_add_up_as_ranks_on_one_do(
         assert result["losses"] == pytest.approx(one["losses"], rel=1e-3)
 
 
-def test_ranks_of_another_number_are_refused(ranks: Ranks, page: Path) -> None:
-    flags = [*FP16, "--precision.sum_ranks", "4"]
+REFUSED = [
+    ([*FP16, "--precision.sum_ranks", "4"], "parallel.data = 2 is not precision.sum_ranks = 4: "),
+    ([*FP16, *FULL], "parallel.shard = 'full' sums gradients in fp32, not precision.gradients = 'fp16'"),
+    ([*FULL, "--model.vocab_size", "65"], "model.vocab_size = 65 is not divisible by parallel.data = 2 times parallel.tensor = 1,"),
+    ([*FULL, "--model.hidden", "63", "--model.heads", "9", "--model.rotary_pct", "0.3"], "model.hidden = 63 is not divisible by parallel.data = 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags,message", REFUSED, ids=lambda x: x[:30] if isinstance(x, str) else ""
+)
+def test_what_does_not_fit_is_refused_on_every_process(
+    flags: list[str], message: str, ranks: Ranks, page: Path
+) -> None:
     with pytest.raises(RanksFailed) as failed:
         ranks.call(2, data_parallel.steps, page, flags, 1)
-    message = "InputError: parallel.data = 2 is not precision.sum_ranks = 4"
-    assert all(message in error for error in failed.value.errors.values())
+    assert all(f"InputError: {message}" in error for error in failed.value.errors.values())
     assert len(failed.value.errors) == 2

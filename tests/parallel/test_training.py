@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
-from parallel_proof import carry, collectives, digests, follow, run
+from parallel_proof import carry, collectives, digests, exact_gradients, follow, run
 from ranks import Ranks
 
 from pythia_fast.parallel.tensor import local_part
@@ -21,6 +21,7 @@ SMALL = """
 """.split()  # clipped from the first step on: the norm reaches the weights
 TENSOR2 = ["--parallel.tensor", "2"]
 SEQUENCE = ["--parallel.sequence", "true"]
+FULL = ["--parallel.shard", "full"]
 # Sums of at most 256 products in fp32 are cut in P parts: a few units of 2⁻²⁴ of the largest. Over
 # steps Adam follows the sign of gradients that are rounding alone; they do not move the loss.
 GRADIENT, LOSS = 2e-6, 1e-6
@@ -53,11 +54,17 @@ def check(found: list[dict[str, Any]], one: dict[str, Any]) -> None:
             np.testing.assert_allclose(moment, mine, rtol=0, atol=GRADIENT * scale, err_msg=name)
 
 
+def shown(value: object) -> str:
+    """Of a test's parameter, in its name."""
+    return " ".join(value).replace("--parallel.", "") if isinstance(value, list) else str(value)
+
+
 LAYOUTS = [
     (2, TENSOR2),
     (2, [*TENSOR2, *SEQUENCE]),
     (4, [*TENSOR2, "--parallel.shard", "none"]),
     (4, [*TENSOR2, *SEQUENCE]),
+    (4, [*TENSOR2, *FULL]),
     (4, ["--parallel.tensor", "4"]),
 ]
 MORE = [
@@ -66,18 +73,65 @@ MORE = [
     (8, [*TENSOR2, *SEQUENCE, "--parallel.shard", "none"]),
     (8, ["--parallel.tensor", "4"]),
     (8, ["--parallel.tensor", "4", *SEQUENCE]),
+    (4, [*TENSOR2, *SEQUENCE, *FULL]),
+    (8, [*TENSOR2, *SEQUENCE, *FULL]),
+    (8, ["--parallel.tensor", "4", *FULL]),
 ]
 
 
 @pytest.mark.parametrize(
     ("world", "flags"),
     [*LAYOUTS, *(pytest.param(*more, marks=pytest.mark.parallel) for more in MORE)],
-    ids=lambda v: " ".join(v).replace("--parallel.", "") if isinstance(v, list) else f"{v}",
+    ids=shown,
 )
 def test_a_layout_follows_one_process(
     ranks: Ranks, page: str, alone: dict[str, Any], world: int, flags: list[str]
 ) -> None:
     check(ranks.call(world, follow, page, [*SMALL, *flags], 4), alone)
+
+
+UNCLIPPED = ["--optimizer.clip", "1e9", "--model.hidden", "64"]
+ROUNDED = [
+    (2, "bf16", TENSOR2),
+    (2, "bf16", [*TENSOR2, *SEQUENCE]),
+    *(
+        pytest.param(world, compute, [*flags, *rest], marks=pytest.mark.parallel)
+        for world, compute, flags in (
+            (4, "bf16", ["--parallel.tensor", "4"]),
+            (4, "bf16", [*TENSOR2, *FULL]),
+            (2, "fp32", TENSOR2),
+            (4, "fp32", ["--parallel.tensor", "4"]),
+        )
+        for rest in ([], SEQUENCE)
+    ),
+]
+
+
+@pytest.mark.parametrize(("world", "compute", "flags"), ROUNDED, ids=shown)
+def test_gradients_err_against_float64_as_those_of_one_process(
+    ranks: Ranks, page: str, world: int, compute: str, flags: list[str]
+) -> None:
+    """‖error‖ of each parameter: P partial sums are rounded where one process has one sum.
+
+    Roundings that are independent add up as a random walk does: √P times one, and one for what the
+    norms' gradients gather anew.
+    """
+    like = [*SMALL, *UNCLIPPED, "--precision.compute", compute]
+    exact = exact_gradients(page, like)
+    one = ranks.call(1, follow, page, like, 1)[0]
+    for process in ranks.call(world, follow, page, [*like, *flags], 1):
+        parts = process["parts"]
+        for name, moment in process["moments"].items():
+
+            def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+                return (found.double() / 0.1 - wanted).norm().item()  # moment: (1 − β₁)·g
+
+            whole = torch.from_numpy(one["moments"][name])
+            part, right = (
+                local_part(name, t, parts, process["part"]) for t in (whole, exact[name])
+            )
+            allowed = (1 + parts**0.5) * error(part, right)
+            assert error(torch.from_numpy(moment), right) <= allowed, name
 
 
 KERNELS = ["--kernels.backend", "triton", "--model.hidden", "128", "--train.steps", "2"]
@@ -126,12 +180,14 @@ CHAIN = [
     (4, []),
     (2, TENSOR2),
     (4, [*TENSOR2, *SEQUENCE, "--parallel.shard", "none"]),
+    (4, FULL),
+    (4, [*TENSOR2, *FULL]),
     (1, []),
 ]
 
 
 def test_any_layout_loads_what_any_other_saved(ranks: Ranks, page: str, tmp_path: Path) -> None:
-    """Weights and both moments by sha256 after each of nine changes of the layout."""
+    """Weights and both moments by sha256 after each of eleven changes of the layout."""
     source = tmp_path / "trained"
     ranks.call(4, run, page, [*SMALL, *TENSOR2], str(source))
     wanted = digests(source)

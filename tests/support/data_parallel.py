@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,12 +11,14 @@ import pytest
 import torch
 from kernel_proof import Mutant, load_mutant
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import pythia_fast.flat
 import pythia_fast.optim
 import pythia_fast.train
 from pythia_fast.config import load
 from pythia_fast.data.loader import read_batch
+from pythia_fast.parallel.data import in_place_of
 from pythia_fast.parallel.mesh import joined
 from pythia_fast.train import Trainer
 
@@ -51,24 +54,28 @@ def steps(page: Path, flags: list[str], count: int, bucket: int = 1) -> dict[str
         o = trainer.optimizer
         return {
             "losses": losses, "norms": norms, "updates": o.updates, "gradients": gradients,
-            "weights": {n: p.detach().clone() for n, p in trainer.model.named_parameters()},
+            "weights": {n: whole(p.detach()) for n, p in trainer.model.named_parameters()},
             "master": held(trainer, o.master), "exp_avg_sq": held(trainer, o.exp_avg_sq),
-            "early": early, "buckets": len(o.layout.buckets), "states": o.master.numel(),
+            "valid": trainer.validate(), "early": early, "buckets": len(o.layout.buckets), "states": o.master.numel(),
         }  # fmt: skip
 
 
 USED_BY = {  # what of a mutated file takes the place of the real one, and where
-    "pythia_fast/parallel/data.py": (pythia_fast.optim, ("Ownership", "Reduction")),
-    "pythia_fast/optim.py": (pythia_fast.train, ("AdamW",)),
-    "pythia_fast/data/loader.py": (pythia_fast.train, ("Share",)),
+    "pythia_fast/parallel/data.py": (
+        (pythia_fast.optim, "Ownership"),
+        (pythia_fast.optim, "Reduction"),
+        (pythia_fast.train, "shard_fully"),
+    ),
+    "pythia_fast/optim.py": ((pythia_fast.train, "AdamW"),),
+    "pythia_fast/data/loader.py": ((pythia_fast.train, "Share"),),
+    "pythia_fast/train.py": ((sys.modules[__name__], "Trainer"),),
 }
 
 
 def steps_of_mutant(page: Path, flags: list[str], count: int, mutant: Mutant) -> dict[str, Any]:
-    user, names = USED_BY[mutant.file]
     with TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         module = load_mutant(mutant, Path(directory))
-        for name in names:
+        for user, name in USED_BY[mutant.file]:
             patch.setattr(user, name, getattr(module, name))
         return steps(page, flags, count)
 
@@ -82,8 +89,17 @@ def tokens_of(trainer: Trainer, step: int) -> Tensor:
 def held(trainer: Trainer, own: Tensor) -> dict[str, Tensor]:
     """A buffer of this process's own elements, whole; padding and gaps would show as NaN."""
     o = trainer.optimizer
-    whole = own
+    if o._full:
+        like = dict(trainer.model.named_parameters())
+        parts = o.views(own).items()
+        return {name: whole(in_place_of(like[name], part)) for name, part in parts}
+    flat = own
     if o._sharded:
-        whole = own.new_full((o.layout.size,), float("nan"))
-        o.own.gather(whole, own, o._copies)
-    return {name: view.clone() for name, view in o.views(whole).items()}
+        flat = own.new_full((o.layout.size,), float("nan"))
+        o.own.gather(flat, own, o._copies)
+    return {name: view.clone() for name, view in o.views(flat).items()}
+
+
+def whole(t: Tensor) -> Tensor:
+    """A copy; of a DTensor, from all processes' parts."""
+    return t.full_tensor() if isinstance(t, DTensor) else t.clone()

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from parallel_faults import fault
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from pythia_fast import checkpoint
 from pythia_fast.config import Config, load
+from pythia_fast.data.commands import rows_from
 from pythia_fast.data.loader import read_batch
-from pythia_fast.optim import AdamW
+from pythia_fast.model import Pythia, initial_weights, materialise
+from pythia_fast.optim import DTYPES
+from pythia_fast.parallel.data import in_place_of
 from pythia_fast.parallel.mesh import Mesh, joined
 from pythia_fast.train import Trainer, train
 
@@ -44,7 +48,7 @@ def follow(page: str, flags: list[str], steps: int, faulty: str | None = None) -
         gradients = {
             n: g.clone().numpy() for n, g in trainer.optimizer.views(trainer.optimizer.grad).items()
         }
-        moments = {n: t.numpy().copy() for n, t in whole(trainer.optimizer).items()}
+        moments = {n: t.numpy().copy() for n, t in whole(trainer).items()}
         found += [step(trainer, i) for i in range(1, steps)]
         valid = trainer.validate()
         place = {
@@ -61,13 +65,30 @@ def follow(page: str, flags: list[str], steps: int, faulty: str | None = None) -
         }
 
 
-def whole(o: AdamW) -> dict[str, Tensor]:
+def whole(trainer: Trainer) -> dict[str, Tensor]:
     """First moments by name, of this process's tensor-parallel part."""
+    o, parameters = trainer.optimizer, trainer.model.named_parameters()
     flat = o.exp_avg
     if o._sharded:
         flat = o.exp_avg.new_empty(o.layout.size)
         o.own.gather(flat, o.exp_avg, o._copies)
+    if o._full:
+        return {n: in_place_of(p, o.views(flat)[n]).full_tensor() for n, p in parameters}
     return o.views(flat)
+
+
+def exact_gradients(page: str, flags: list[str]) -> dict[str, Tensor]:
+    """float64 gradients of the first step's mean loss, of the weights that the run computes with."""
+    c = load(page, flags)
+    model = Pythia(c.model)
+    materialise(model, "cpu", torch.float64)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, drawn in initial_weights(c.model, c.train.seed):
+            parameters[name].copy_(drawn.to(DTYPES[c.precision.compute]))
+    rows = rows_from(c).tokens(0, c.train.batch_size)
+    model.loss(torch.from_numpy(rows.astype(np.int64))).backward()
+    return {n: p.grad for n, p in parameters.items() if p.grad is not None}
 
 
 def collectives(page: str, flags: list[str]) -> dict[str, int]:
