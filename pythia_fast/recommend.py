@@ -20,7 +20,6 @@ from pythia_fast.errors import InputError
 from pythia_fast.estimate import Estimate
 from pythia_fast.layouts import Layout
 from pythia_fast.parallel.degrees import degrees
-from pythia_fast.stages import round_of
 from pythia_fast.values import toml_value
 
 MOST_GPUS = 1024
@@ -71,10 +70,6 @@ def candidates(c: Config, gpus: int) -> Iterator[Layout]:
 
 
 def _runs(c: Config, layout: Layout) -> bool:
-    microbatches = c.train.batch_size // (layout.data * layout.rows)
-    rounds = round_of(layout.pipeline, microbatches)
-    if layout.schedule in ("interleaved-1f1b", "zero-bubble") and microbatches % rounds:
-        return False
     try:
         degrees(page(c, layout), layout.gpus)
     except InputError:
@@ -209,7 +204,8 @@ def describe(found: list[dict[str, Any]]) -> str:
 
 def flags(row: dict[str, Any]) -> str:
     """The keys of a row as flags of `train`, where they are not the defaults."""
-    shown = {f"parallel.{key}": (row[key], default) for key, default in asdict(Parallel()).items()}
+    defaults = asdict(Parallel()).items()
+    shown = {f"parallel.{key}": (row[key], default) for key, default in defaults if key in row}
     shown["train.micro_batch_size"] = row["micro_batch_size"], None
     if row["data"] == 1:
         del shown["parallel.shard"]  # of one copy: nothing to split

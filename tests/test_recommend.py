@@ -194,7 +194,6 @@ MUTANTS = [
     Mutant("the simplest at any price", FILE, "entry[0] <= AS_FAST * fastest", "entry[0] <= 9 * fastest"),
     Mutant("keys of the page searched", FILE, "return searched if given", "return searched if True or given"),
     Mutant("16-bit gradients on any ranks", FILE, "data != c.precision.ranks", "data < 0"),
-    Mutant("rounds that are not whole", FILE, "and microbatches % rounds", "and False"),
 ]  # fmt: skip
 
 

@@ -76,12 +76,19 @@ def degrees(c: Config, world: int) -> Degrees:
         )
     if p.shard == "full" and data > 1:
         _check_full(c, data)
+    if p.pipeline > 1:
+        _check_schedule(c, t.batch_size // (data * t.micro_batch_size))
     return Degrees(p.pipeline, data, p.tensor)
 
 
 def _check_full(c: Config, data: int) -> None:
     """FSDP2 splits rows of what a tensor-parallel process holds, evenly, and sums in fp32."""
     p, m = c.parallel, c.model
+    if p.pipeline > 1:
+        raise InputError(
+            f"parallel.shard = 'full' with parallel.pipeline = {p.pipeline} is not there yet: "
+            "'optimizer' is"
+        )
     if c.precision.gradients != "fp32":
         raise InputError(
             f"parallel.shard = 'full' sums gradients in fp32, not precision.gradients = "
@@ -93,3 +100,20 @@ def _check_full(c: Config, data: int) -> None:
                 f"{name} = {rows} is not divisible by parallel.data = {data} times "
                 f"parallel.tensor = {p.tensor}, which parallel.shard = 'full' needs"
             )
+
+
+def _check_schedule(c: Config, microbatches: int) -> None:
+    """What the schedules of torch.distributed.pipelining ask for."""
+    p = c.parallel
+    single = p.schedule in ("gpipe", "1f1b")
+    if single and p.stages_per_rank > 1:
+        raise InputError(
+            f"parallel.stages_per_rank = {p.stages_per_rank} needs parallel.schedule = "
+            f"'interleaved-1f1b' or 'zero-bubble', not {p.schedule!r}"
+        )
+    rounds = max(microbatches // p.pipeline, 1)  # in which chunks take turns
+    if not single and microbatches % rounds:
+        raise InputError(
+            f"{microbatches} microbatches a step are not {rounds} equal rounds of at least "
+            f"parallel.pipeline = {p.pipeline}, which {p.schedule!r} needs"
+        )

@@ -153,7 +153,7 @@ def test_checkpoints_pass_between_pipelines(ranks: Ranks, page: str, tmp_path: P
     ("flags", "said"),
     [
         (pipe(2, "1f1b", 2), "stages_per_rank = 2 needs"),
-        (pipe(2, "interleaved-1f1b", 2, "--train.batch_size", "5"), "5 microbatches a step are not divisible by parallel.pipeline = 2"),
+        (pipe(2, "interleaved-1f1b", 2, "--train.batch_size", "5"), "5 microbatches a step are not 2 equal rounds of at least parallel.pipeline = 2"),
         (pipe(2, "zero-bubble", 1, "--precision.compute", "bf16"), "precision.compute = 'bf16' would round them"),
         (pipe(2, "zero-bubble", 1, "--kernels.backend", "triton", "--model.hidden", "128"), "which the fused block has not"),
         (pipe(2, "interleaved-1f1b", 5), "model.layers = 8 are fewer than the 10 pipeline stages"),
