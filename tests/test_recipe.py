@@ -258,7 +258,7 @@ def test_gradients_add_up_in_their_dtype_exactly() -> None:
 
 
 GRADIENT_MUTANTS = [
-    Mutant("gradients always fp32", OPTIM, "self.grad = self._zeros(layout.size, precision.gradients)", 'self.grad = self._zeros(layout.size, "fp32")'),
+    Mutant("gradients always fp32", OPTIM, "self.grad = self._zeros(size, precision.gradients)", 'self.grad = self._zeros(size, "fp32")'),
     Mutant("ranks summed in the gradients' dtype", OPTIM, "precision.gradient_sum)", "precision.gradients)"),
     Mutant("divided before the sum", OPTIM, "self._sum.add_(self.grad)", "self._sum.add_(self.grad * 0.25)"),
     Mutant("never divided", OPTIM, "self._sum.mul_(1 / self.precision.ranks)", "self._sum"),
