@@ -24,7 +24,13 @@ def arguments(page: Path, run: Path, *flags: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("world", "flags"), [(2, []), pytest.param(4, TENSOR2, marks=pytest.mark.parallel)]
+    ("world", "flags"),
+    [
+        (2, []),
+        pytest.param(4, TENSOR2, marks=pytest.mark.parallel),
+        pytest.param(2, ["--parallel.shard", "full"], marks=pytest.mark.parallel),
+        pytest.param(2, ["--parallel.pipeline", "2"], marks=pytest.mark.parallel),
+    ],
 )
 def test_every_checkpoint_is_the_same_either_way(
     world: int, flags: list[str], page: Path, tmp_path: Path

@@ -136,6 +136,7 @@ def _work(
     from pythia_fast import progress
 
     progress.console.file = sys.stderr
+    progress.console.quiet = environment["RANK"] != "0"  # imported before there was a rank
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     torch.set_num_threads(1)
