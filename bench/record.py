@@ -3,7 +3,8 @@
 A row is a JSON object. Every row has
 
     case      the name of what was measured; equal names are compared between files
-    bench     kernel, baseline, train, profile, data, order, startup, resources or check
+    bench     kernel, baseline, train, profile, data, order, startup, checkpoint, resources or
+              check
     status    ok, or why there is no figure: skipped (an optional peer), wrong (it ran and its
               result is beyond the bound), error, out of memory, crash, timeout (killed at its
               limit), not run (the suite's time was over), not measured (this machine cannot)

@@ -225,6 +225,9 @@ def _data(rows: Sequence[Row]) -> Iterator[str]:
             figure += f"tokens/s, {row['gbps']:.2f} GB/s"
             what = f"{row['case']}, page-cached, digest included, one core"
         table.append([what, figure])
+    for row in _ok(rows, "checkpoint"):
+        figure = f"{row['gbps']:.2f} GB/s ({row['ms_p50'] / 1e3:.2f} s for {row['gb']:.2f} GB)"
+        table.append([f"{row['case']}: {row['part']}", figure])
     for row in _ok(rows, "startup"):
         table.append([f"`{row['case']}`", f"{row['ms_p50'] / 1e3:.2f} s"])
     if table:

@@ -5,10 +5,10 @@
 Each case is a process of its own with its own time limit. Rows are appended to
 DIR/<device>-<date>.jsonl as each case ends, so that a killed run loses one case; run again from the
 same commit, the suite continues. Afterwards DIR has report.md and figures. On a machine without a
-GPU the same command measures the loader, the order of the data, a training step, the start of the
-command line and the compiled kernels' resources, and says what it did not measure.
+GPU the same command measures the loader, the order of the data, checkpoints, a training step, the
+start of the command line and the compiled kernels' resources, and says what it did not measure.
 
-Parts: baselines, train, profile, kernels, data, startup, resources, or one kernel file.
+Parts: baselines, train, profile, kernels, data, startup, checkpoint, resources, or one kernel file.
 Exit codes: 0 done, 1 our own code was wrong, crashed or hung, 2 bad input.
 """
 
@@ -34,7 +34,7 @@ SUSTAINED, SUSTAINED_SHARE = 60.0, 1 / 6  # seconds of ours and of the best peer
 STARTING = 20.0  # seconds of such a process before its first timed step
 CPU_TURNS, CPU_SECONDS = 4, 4.0  # many short ones: a shared machine differs between processes
 GPU_PARTS = ("baselines", "train", "profile", "kernels")
-ANYWHERE = ("startup", "data", "resources")
+ANYWHERE = ("startup", "data", "checkpoint", "resources")
 NOT_ON_A_CPU = {
     "baselines": "products, copies and attention of a GPU",
     "train": "training steps in bf16 of the sizes from 160m on, MFU, energy",
@@ -96,11 +96,12 @@ def cpu_plan(small: bool = False) -> Planned:
 
 
 def _anywhere(small: bool = False) -> Planned:
-    from bench import bench_data, bench_resources, bench_startup
+    from bench import bench_checkpoint, bench_data, bench_resources, bench_startup
 
     yield from _part("startup", bench_startup.cases())
     *data, longest = bench_data.cases(small)
     yield from _part("data", data)
+    yield from _part("checkpoint", bench_checkpoint.cases(small))
     yield from _part("resources", bench_resources.cases(small))
     yield "data", longest
 

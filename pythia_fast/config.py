@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import keyword
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -176,6 +177,9 @@ class Checkpoint:
     )
     every: int = _key(0, "steps between rolling checkpoints for resuming; 0: none")
     keep: int = _key(2, "rolling checkpoints kept")
+    async_: bool = _key(
+        False, "write beside the next steps, from a copy in the host's memory (12 B a parameter)"
+    )
 
 
 @dataclass(frozen=True)
@@ -245,7 +249,7 @@ _NOT_DECISIVE = frozenset(
     """
     recipe model.preset data.prefix data.valid_prefix data.tokenizer data.cache
     train.valid_every train.valid_rows optimizer.backend kernels.backend kernels.recompute
-    kernels.graph checkpoint.steps checkpoint.every checkpoint.keep
+    kernels.graph checkpoint.steps checkpoint.every checkpoint.keep checkpoint.async
     parallel.data parallel.tensor parallel.pipeline parallel.sequence parallel.schedule
     parallel.stages_per_rank parallel.shard parallel.timeout
     log.every log.sample log.tensorboard log.wandb
@@ -323,10 +327,19 @@ def _parse(text: str, hint: Any) -> Any:
         return text
 
 
+def _key_of(field_name: str) -> str:
+    """The key of a field: `async` is a keyword of Python, its field is `async_`."""
+    return field_name.removesuffix("_")
+
+
+def _field_of(key: str) -> str:
+    return f"{key}_" if keyword.iskeyword(key) else key
+
+
 _SECTIONS: dict[str, Any] = get_type_hints(Config)
 _RECIPE = _SECTIONS.pop("recipe")
 _KEYS: dict[str, Any] = {"recipe": _RECIPE} | {
-    f"{section}.{key}": hint
+    f"{section}.{_key_of(key)}": hint
     for section, cls in _SECTIONS.items()
     for key, hint in get_type_hints(cls).items()
 }
@@ -360,7 +373,7 @@ def _apply(config: Config, values: dict[str, Any]) -> Config:
     recipe = values.get("recipe", config.recipe)
     for name in values.keys() - {"recipe"}:
         section, _, key = name.partition(".")
-        sections.setdefault(section, {})[key] = values[name]
+        sections.setdefault(section, {})[_field_of(key)] = values[name]
     parts = {name: replace(getattr(config, name), **keys) for name, keys in sections.items()}
     return replace(config, recipe=recipe, **parts)
 
@@ -371,7 +384,7 @@ def _apply(config: Config, values: dict[str, Any]) -> Config:
 def flatten(config: Config) -> dict[str, Any]:
     """Dotted key -> value."""
     return {"recipe": config.recipe} | {
-        f"{section}.{key}": value
+        f"{section}.{_key_of(key)}": value
         for section in _SECTIONS
         for key, value in dataclasses.asdict(getattr(config, section)).items()
     }
@@ -383,7 +396,7 @@ def to_toml(config: Config) -> str:
     for section in _SECTIONS:
         lines += ["", f"[{section}]"]
         keys = dataclasses.asdict(getattr(config, section))
-        lines += [f"{key} = {toml_value(value)}" for key, value in keys.items()]
+        lines += [f"{_key_of(key)} = {toml_value(value)}" for key, value in keys.items()]
     return "\n".join(lines).lstrip() + "\n"
 
 
@@ -393,4 +406,4 @@ def describe_keys() -> Iterator[tuple[str, str, str]]:
     yield "recipe", toml_value(recipe.default), recipe.metadata["doc"]
     for section, cls in _SECTIONS.items():
         for f in dataclasses.fields(cls):
-            yield f"{section}.{f.name}", toml_value(f.default), f.metadata["doc"]
+            yield f"{section}.{_key_of(f.name)}", toml_value(f.default), f.metadata["doc"]

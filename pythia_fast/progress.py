@@ -11,7 +11,10 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+from pythia_fast.command import speaks
+
+# of several processes the first speaks for all
+console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not speaks())
 PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
 WINDOW = 60.0  # seconds, of the rate and the time left of training
 

@@ -14,7 +14,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -339,6 +338,12 @@ def _check_disjoint(name: str, shape: torch.Size, chunks: Sequence[Any]) -> None
         inside = zip(offsets, sizes, shape, strict=True)
         if not all(o >= 0 and n >= 0 and o + n <= whole for o, n, whole in inside):
             raise ValueError(f"{name} has a chunk outside of its shape {list(shape)}")
-    for (a, size_a), (b, size_b) in combinations(boxes, 2):
-        if all(x < y + m and y < x + n for x, n, y, m in zip(a, size_a, b, size_b, strict=True)):
-            raise ValueError(f"{name} has two chunks that overlap")
+    before: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for a, size_a in sorted(boxes):
+        if a:  # a sweep along the first dim: what ends before this box begins cannot overlap
+            before = [(b, size_b) for b, size_b in before if b[0] + size_b[0] > a[0]]
+        for b, size_b in before:
+            pairs = zip(a, size_a, b, size_b, strict=True)
+            if all(x < y + m and y < x + n for x, n, y, m in pairs):
+                raise ValueError(f"{name} has two chunks that overlap")
+        before.append((a, size_a))

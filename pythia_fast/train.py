@@ -41,6 +41,9 @@ from pythia_fast.parallel.pipeline import Pipeline, keep_own
 from pythia_fast.parallel.same import check_same_data
 from pythia_fast.parallel.tensor import local_part, localise, tensor_ops
 from pythia_fast.progress import say
+from pythia_fast.saving import Saver
+
+_UNSAVED = 1 << 10  # above every signal: a save beside training has failed
 
 
 class Stopped(Exception):
@@ -201,6 +204,10 @@ class Trainer:
             self.journal = stack.enter_context(
                 Journal(c, self.run_dir, self.step, running, self.first_step, self.mesh.main)
             )
+            saving = c.checkpoint
+            self.saver = stack.enter_context(
+                Saver(self.run_dir, self.mesh, saving.keep, saving.async_)
+            )
             if 0 in self.permanent and checkpoint.newest(self.run_dir) is None:
                 self._save()
             loader = Loader(
@@ -218,7 +225,9 @@ class Trainer:
                 self.mesh.settle(c.parallel.timeout)
                 clock.tick()
                 # agreed upon once a step: a signal that arrives later ends the next step
-                stop = self.mesh.largest(arrived[0] if arrived else 0)
+                stop = self.mesh.largest(_UNSAVED if self.saver.failed else (*arrived, 0)[0])
+                if stop == _UNSAVED:
+                    self.saver.wait()  # raises
                 save = self.step in self.permanent or self._every(c.checkpoint.every) or stop
                 valid = self.valid_tokens is not None and self._due(c.train.valid_every)
                 log = valid or self._due(c.log.every)
@@ -234,6 +243,7 @@ class Trainer:
                 if save or valid:
                     clock.restart()
                 if stop:
+                    self.saver.wait()
                     raise Stopped(stop, self.step)
         return self._last_row()
 
@@ -365,11 +375,7 @@ class Trainer:
         if self.optimizer.loss_scale is not None:
             extra["loss_scale"] = self.optimizer.loss_scale.state()
         permanent = self.step in self.permanent
-        checkpoint.save(
-            self.run_dir, self.step, self.optimizer.state(), extra, permanent, self.mesh
-        )
-        if self.mesh.main:
-            checkpoint.prune(self.run_dir, self.config.checkpoint.keep)
+        self.saver.save(self.step, self.optimizer.state(), extra, permanent)
 
 
 def _keep_freed_memory() -> None:

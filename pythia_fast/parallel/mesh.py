@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
@@ -46,6 +47,13 @@ class Mesh:
     def alone(cls, device: torch.device) -> Self:
         """The mesh of a single process."""
         return cls(Degrees(), 0, device)
+
+    def aside(self) -> Self:
+        """This mesh with a control group of its own, for a thread beside training; all call it."""
+        other = copy(self)
+        if self.control is not None:
+            other.control = dist.new_group(backend="gloo", timeout=START)
+        return other
 
     @property
     def main(self) -> bool:

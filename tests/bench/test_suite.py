@@ -39,9 +39,9 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (path,) = out.glob("*.jsonl")
     rows = read(path)
     assert list(map(json.loads, printed.splitlines())) == rows
-    assert "[1/9]" in progress
+    assert "[1/11]" in progress
     measured = {row["bench"] for row in rows if row["status"] == "ok"}
-    assert measured == {"train", "profile", "startup", "data", "resources"}
+    assert measured == {"train", "profile", "startup", "data", "checkpoint", "resources"}
     missing = {row["bench"] for row in rows if row["status"] == "not measured"}
     assert missing == set(suite.GPU_PARTS) and len(rows) > 12
     for row in rows:
@@ -251,5 +251,5 @@ def test_lines_for_people() -> None:
 
 def test_every_benchmark_file_is_found() -> None:
     written = {p.stem.removeprefix("bench_") for p in (REPOSITORY / "bench").glob("bench_*.py")}
-    others = {"baselines", "train", "profile", "data", "startup", "resources"}
+    others = {"baselines", "train", "profile", "data", "startup", "checkpoint", "resources"}
     assert set(runner.benchmarks()) == written - others == {op.file for op in OPS}

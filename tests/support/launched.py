@@ -8,6 +8,7 @@ environment that torchrun would give it. A fault makes one of them fail at a nam
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -28,7 +29,7 @@ _PRELOAD = ["torch", "torch.distributed.device_mesh", "pythia_fast.train", "pyth
 class Fault(NamedTuple):
     """How rank `rank` fails at `phase` ("init", "step", "save", "eval") of step `step`."""
 
-    how: str  # "kill": SIGKILL, "stop": SIGSTOP, "raise", "hang"
+    how: str  # "kill": SIGKILL, "stop": SIGSTOP, "raise", "hang", "full": of a disk
     phase: str
     rank: int
     step: int = 2
@@ -135,6 +136,7 @@ def _work(
     from pythia_fast import progress
 
     progress.console.file = sys.stderr
+    progress.console.quiet = environment["RANK"] != "0"  # imported before there was a rank
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -165,38 +167,40 @@ def arm(fault: Fault) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif fault.how == "raise":
             raise ValueError("struck by the test")
+        elif fault.how == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         elif fault.how == "hang":
             time.sleep(600)
 
     current: list[Any] = []  # the trainer
 
-    def at(owner: Any, name: str, due: Callable[[], bool], after: bool = False) -> None:
+    def at(owner: Any, name: str, due: Callable[..., bool], after: bool = False) -> None:
         real = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if owner is Trainer:
                 current[:] = [args[0]]
-            if due() and not after:
+            if not after and due(*args):
                 strike()
             result = real(*args, **kwargs)
-            if due() and after:
+            if after and due(*args):
                 strike()
             return result
 
         setattr(owner, name, call)
 
-    def step_is(number: int) -> Callable[[], bool]:
-        return lambda: bool(current) and getattr(current[0], "step", -1) == number
+    def step_is(number: int) -> Callable[..., bool]:
+        return lambda *_: bool(current) and getattr(current[0], "step", -1) == number
 
     if fault.phase == "init":  # the processes have met, nothing is loaded
-        at(Trainer, "_fuse", lambda: True)
+        at(Trainer, "_fuse", lambda *_: True)
     elif fault.phase == "step":  # a backward pass is done, its gradients have met nobody
         from pythia_fast.optim import AdamW
 
-        at(Trainer, "train_step", lambda: False)
+        at(Trainer, "train_step", lambda *_: False)
         at(AdamW, "accumulate", step_is(fault.step - 1), after=True)
     elif fault.phase == "save":  # files are open, the checkpoint is not published
-        at(Trainer, "_save", lambda: False)
-        at(storage._SyncedFiles, "create_stream", step_is(fault.step))
+        directory = f".step{fault.step}."
+        at(storage._SyncedFiles, "create_stream", lambda _, path, *__: directory in str(path))
     elif fault.phase == "eval":
         at(Trainer, "validate", step_is(fault.step))
