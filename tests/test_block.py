@@ -241,8 +241,8 @@ def check_model(module: ModuleType) -> None:
 
 
 MODEL_MUTANTS = [
-    Mutant("the second microbatch overwrites the embedding's", FILE, "dx, ids, not ctx.fused.sums.fresh)", "dx, ids, False)"),
-    Mutant("the first adds to it", FILE, "dx, ids, not ctx.fused.sums.fresh)", "dx, ids, True)"),
+    Mutant("the second microbatch overwrites the embedding's", FILE, "dx, ids, not fused.sums.fresh)", "dx, ids, False)"),
+    Mutant("the first adds to it", FILE, "dx, ids, not fused.sums.fresh)", "dx, ids, True)"),
     Mutant("the second overwrites the head's", FILE, "add = not self.sums.fresh", "add = False"),
     Mutant("head and embedding swapped", FILE, "self.embedding_grad, self.head_grad =", "self.head_grad, self.embedding_grad ="),
 ]  # fmt: skip
