@@ -82,6 +82,13 @@ def degrees(c: Config, world: int) -> Degrees:
 def _check_full(c: Config, data: int) -> None:
     """FSDP2 splits rows of what a tensor-parallel process holds, evenly, and sums in fp32."""
     p, m = c.parallel, c.model
+    if p.pipeline > 1:
+        raise InputError(
+            f"parallel.shard = 'full' with parallel.pipeline = {p.pipeline} is not there yet: "
+            "choose shard = 'optimizer'"
+        )
+    if c.optimizer.states == "lean":
+        raise InputError("optimizer.states = 'lean' does not go with parallel.shard = 'full'")
     if c.precision.gradients != "fp32":
         raise InputError(
             f"parallel.shard = 'full' sums gradients in fp32, not precision.gradients = "
