@@ -19,7 +19,9 @@ from torch. So one more rounding of the residual stream than its sum alone has.
 
 On P tensor-parallel processes a block holds H/P heads and 4h/P of the MLP: `both` is (M, 5h/P), the
 last product a partial sum that meets the others before x joins it, and so is what both norms hand
-back before dy joins it: one all-reduce of (M, h) each way (`parallel/tensor.py`).
+back before dy joins it: one all-reduce of (M, h) each way (`parallel/tensor.py`), backward while
+the gradients of the weights are made. With sequence parallelism x, y and their gradients are M/P
+rows: x̂ is gathered and kept in the place of n1 and n2, dy is gathered, both sums are scattered.
 
 Backward, dy (M, h): every product's operands lie ready, the residual's gradient joins inside the
 norms' kernel, and nothing is copied by autograd, which sees x and y alone. The weights' gradients
@@ -30,7 +32,7 @@ its dx is this block's dy, and its norms' kernel sums dx before it is rounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -51,7 +53,7 @@ from pythia_fast.kernels.linear_cross_entropy import accumulate, linear_cross_en
 from pythia_fast.kernels.parallel_residual import parallel_residual_bwd
 from pythia_fast.kernels.rotary import rotary_fwd
 from pythia_fast.model import Layer, Pythia
-from pythia_fast.parallel.tensor import local_ids, vocabulary_loss
+from pythia_fast.parallel.tensor import gathered, local_ids, scattered, summed, vocabulary_loss
 
 
 class Sums(Protocol):
@@ -84,12 +86,14 @@ class Block:
     """x (B, T, h) -> y: one layer's weights, and where their gradients add up."""
 
     def __init__(
-        self, layer: Layer, sums: Sums, recompute: bool, parts: ProcessGroup | None
+        self, layer: Layer, sums: Sums, recompute: bool, parts: ProcessGroup | None, sequence: bool
     ) -> None:
         parameters = _parameters(layer)
         self.weights = _tensors([p.detach() for p in parameters])
         self.grads = _tensors(sums.hand_over(parameters))
-        self.sums, self.recompute, self.parts = sums, recompute, parts
+        self.sums, self.recompute, self.parts, self.sequence = sums, recompute, parts, sequence
+        vector = self.weights.norm1
+        self.unit = torch.ones_like(vector), torch.zeros_like(vector)
         self.heads = layer.attention.heads
         self.eps, self.approximate = layer.input_layernorm.eps, layer.mlp.approximate
         self.below: Block | None = None  # whose y is x, and nothing else's
@@ -129,11 +133,10 @@ def block_fwd(
     """y like x (B, T, h), and what the backward needs beside x. cos, sin (≥T, R/2)."""
     w, inner = block.weights, block.inner
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    biases = (w.attention_out_bias, w.mlp_out_bias)
-    (n1, n2), mean, rstd = layer_norm_fwd(x, block.norms, block.eps, y, biases)
+    n1, n2, statistics = norms_fwd(x, block, y)
 
-    both = x.new_empty(*x.shape[:-1], w.out.shape[1])  # [ctx | gelu]
-    qkv = torch.addmm(w.qkv_bias, _rows(n1), w.qkv.t()).view(*x.shape[:-1], block.heads, -1)
+    both = n1.new_empty(*n1.shape[:-1], w.out.shape[1])  # [ctx | gelu]
+    qkv = torch.addmm(w.qkv_bias, _rows(n1), w.qkv.t()).view(*n1.shape[:-1], block.heads, -1)
     _, lse = attention_fwd(rotary_fwd(qkv, cos, sin), out=both[..., :inner])
     u = torch.mm(_rows(n2), w.mlp.t())
     gelu_fwd(u, w.mlp_bias, block.approximate, out=_rows(both)[:, inner:])
@@ -141,47 +144,78 @@ def block_fwd(
     if block.parts is None:
         _rows(y).addmm_(_rows(both), w.out.t())
     else:
-        partial = torch.mm(_rows(both), w.out.t())
-        dist.all_reduce(partial, group=block.parts)
-        _rows(y).add_(partial)
-    kept = (mean, rstd, qkv, lse, u)
-    if block.recompute:
-        return y, (*kept, both[..., :inner].clone(memory_format=torch.contiguous_format))
-    return y, (*kept, n1, n2, both)
+        partial = torch.mm(_rows(both), w.out.t()).view(n1.shape)
+        y.add_(summed(partial, block.parts, block.sequence))
+    left = (
+        both[..., :inner].clone(memory_format=torch.contiguous_format) if block.recompute else both
+    )
+    norms = () if block.recompute or block.sequence else (n1, n2)
+    return y, (*statistics, qkv, lse, u, left, *norms)
 
 
-def made_again(block: Block, x: Tensor, u: Tensor, ctx: Tensor) -> tuple[Tensor, ...]:
-    """(n1, n2, both) from what a block keeps under `recompute`."""
+def norms_fwd(
+    x: Tensor, block: Block, y: Tensor | None = None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor | None]]:
+    """Both norms of all rows, (B, T, h), and what `norms_bwd` needs: mean, rstd, x̂ or None.
+
+    y, where given, becomes x + (bo + b2). On a part of the rows x̂ is made and gathered, once, and
+    both norms are affine in it.
+    """
+    w = block.weights
+    biases = None if y is None else (w.attention_out_bias, w.mlp_out_bias)
+    if not block.sequence:
+        (n1, n2), mean, rstd = layer_norm_fwd(x, block.norms, block.eps, y, biases)
+        return n1, n2, (mean, rstd, None)
+    assert block.parts is not None
+    (own,), mean, rstd = layer_norm_fwd(x, (block.unit,), block.eps, y, biases)
+    xhat = gathered(own, block.parts)
+    n1, n2 = affine(xhat, block)
+    return n1, n2, (mean, rstd, xhat)
+
+
+def affine(xhat: Tensor, block: Block) -> tuple[Tensor, ...]:
+    return tuple(torch.addcmul(bias, xhat, weight) for weight, bias in block.norms)
+
+
+def operands(
+    block: Block, x: Tensor, xhat: Tensor | None, u: Tensor, left: Tensor, *norms: Tensor
+) -> tuple[Tensor, ...]:
+    """(n1, n2, both) from what a block keeps; left: both, or under `recompute` ctx."""
     w, inner = block.weights, block.inner
-    (n1, n2), _, _ = layer_norm_fwd(x, block.norms, block.eps)
-    both = x.new_empty(*x.shape[:-1], w.out.shape[1])
-    both[..., :inner].copy_(ctx)
+    n1, n2 = norms or (affine(xhat, block) if xhat is not None else norms_fwd(x, block)[:2])
+    if not block.recompute:
+        return n1, n2, left
+    both = n1.new_empty(*n1.shape[:-1], w.out.shape[1])
+    both[..., :inner].copy_(left)
     gelu_fwd(u, w.mlp_bias, block.approximate, out=_rows(both)[:, inner:])
     return n1, n2, both
 
 
 def block_bwd(
     dy: Tensor, block: Block,
-    x: Tensor, cos: Tensor, sin: Tensor,
-    mean: Tensor, rstd: Tensor, qkv: Tensor, lse: Tensor, u: Tensor, *made: Tensor,
+    x: Tensor, cos: Tensor, sin: Tensor, mean: Tensor, rstd: Tensor, xhat: Tensor | None,
+    qkv: Tensor, lse: Tensor, u: Tensor, *kept: Tensor,
 ) -> Tensor:  # fmt: skip
     """dx, contiguous like x; the gradients of the weights go to block.grads."""
     w, g, inner, add = block.weights, block.grads, block.inner, not block.sums.fresh
-    n1, n2, both = made_again(block, x, u, *made) if block.recompute else made
-    d_both = torch.mm(_rows(dy), w.out).view(both.shape)  # [d ctx | d gelu]
-    accumulate(g.out, _rows(dy).t(), _rows(both), add)
+    n1, n2, both = operands(block, x, xhat, u, *kept)
+    d_sum = _rows(dy if block.parts is None or not block.sequence else gathered(dy, block.parts))
+    d_both = torch.mm(d_sum, w.out).view(both.shape)  # [d ctx | d gelu]
 
     d_gelu = _rows(d_both)[:, inner:]
     du, d_mlp_bias = gelu_bwd(u, w.mlp_bias, d_gelu, block.approximate, torch.float32)
-    accumulate(g.mlp, du.t(), _rows(n2), add)
-    d_n2 = torch.mm(du, w.mlp).view(x.shape)
+    d_n2 = torch.mm(du, w.mlp).view(n2.shape)
 
     d_ctx = d_both[..., :inner]
     d_qkv = attention_bwd(qkv, both[..., :inner], lse, d_ctx, cos, sin).view(-1, 3 * inner)
-    accumulate(g.qkv, d_qkv.t(), _rows(n1), add)
-    d_n1 = torch.mm(d_qkv, w.qkv).view(x.shape)
+    d_n1 = torch.mm(d_qkv, w.qkv).view(n1.shape)
 
-    dx, d_norms, d_below = norms_bwd(x, dy, (d_n1, d_n2), block, mean, rstd)
+    d_norms, finish = norms_bwd(x, dy, (d_n1, d_n2), block, mean, rstd, xhat)
+    accumulate(g.out, d_sum.t(), _rows(both), add)  # while processes add up what norms_bwd made
+    accumulate(g.mlp, du.t(), _rows(n2), add)
+    accumulate(g.qkv, d_qkv.t(), _rows(n1), add)
+    dx, d_below = finish()
+
     totals = [g.norm1, g.norm1_bias, g.norm2, g.norm2_bias, g.qkv_bias, g.mlp_bias]
     vectors = [*d_norms, d_qkv.sum(0, dtype=torch.float32), d_mlp_bias]
     if block.is_top:
@@ -196,19 +230,45 @@ def block_bwd(
 
 
 def norms_bwd(
-    x: Tensor, dy: Tensor, d_norms: tuple[Tensor, Tensor], block: Block, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """dx, gradients of both norms' weights and biases, and Σ_rows dx; the vectors (h,) in fp32."""
-    weights = (block.weights.norm1, block.weights.norm2)
+    x: Tensor, dy: Tensor, d_norms: tuple[Tensor, Tensor], block: Block,
+    mean: Tensor, rstd: Tensor, xhat: Tensor | None,
+) -> tuple[list[Tensor], Callable[[], tuple[Tensor, Tensor]]]:  # fmt: skip
+    """Gradients of both norms' weights and biases, and a call that gives dx and Σ_rows dx.
+
+    Vectors (h,) in fp32. What the call waits for has set off: the sum over processes of what passed
+    both norms, which are linear in the upstream gradient.
+    """
+    w, fp32 = block.weights, torch.float32
+    weights = (w.norm1, w.norm2)
     if block.parts is None:
         dx, (*vectors, d_below) = layer_norm_bwd(
-            x, dy, d_norms, weights, mean, rstd, sum_dx=True, sums_dtype=torch.float32
+            x, dy, d_norms, weights, mean, rstd, sum_dx=True, sums_dtype=fp32
         )
-        return dx, vectors, d_below
-    dx, vectors = layer_norm_bwd(x, None, d_norms, weights, mean, rstd, sums_dtype=torch.float32)
-    dist.all_reduce(dx, group=block.parts)
-    dx += dy
-    return dx, list(vectors), parallel_residual_bwd(dx, torch.float32)
+        return vectors, lambda: (dx, d_below)
+    if xhat is None:
+        dx, sums = layer_norm_bwd(x, None, d_norms, weights, mean, rstd, sums_dtype=fp32)
+        work = dist.all_reduce(dx, group=block.parts, async_op=True)
+
+        def whole() -> tuple[Tensor, Tensor]:
+            work.wait()
+            return dx.add_(dy), parallel_residual_bwd(dx, fp32)
+
+        return list(sums), whole
+
+    d_xhat = torch.addcmul(d_norms[0] * w.norm1, d_norms[1], w.norm2)
+    own, work = scattered(d_xhat, block.parts, async_op=True)
+    wide = [_rows(d).float() for d in d_norms]
+    sums = [v for d in wide for v in ((d * _rows(xhat)).sum(0), d.sum(0))]
+
+    def part() -> tuple[Tensor, Tensor]:
+        if work is not None:
+            work.wait()
+        dx, (*_, d_below) = layer_norm_bwd(
+            x, dy, (own,), block.unit[:1], mean, rstd, sum_dx=True, sums_dtype=fp32
+        )
+        return dx, d_below
+
+    return sums, part
 
 
 class EmbeddingFunction(torch.autograd.Function):
@@ -221,16 +281,18 @@ class EmbeddingFunction(torch.autograd.Function):
         ids, here = local_ids(tokens, weight.shape[0], fused.parts)
         ctx.save_for_backward(ids, here)
         x = F.embedding(ids, weight).where(here[..., None], 0)
-        dist.all_reduce(x, group=fused.parts)
-        return x
+        return summed(x, fused.parts, fused.sequence)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[None, None, None]:
-        ids, *rest = ctx.saved_tensors
+        (ids, *rest), fused = ctx.saved_tensors, ctx.fused
+        if fused.sequence:
+            dx = gathered(dx, fused.parts)
         for here in rest:
             dx = dx.where(here[..., None], 0)
-        embedding_grad_(ctx.fused.embedding_grad, dx, ids, not ctx.fused.sums.fresh)
+        embedding_grad_(fused.embedding_grad, dx, ids, not fused.sums.fresh)
+        fused.sums.finished([fused.embedding_grad])
         return None, None, None
 
 
@@ -243,15 +305,18 @@ class Fused:
         sums: Sums,
         recompute: bool = False,
         parts: ProcessGroup | None = None,
+        sequence: bool = False,
     ) -> None:
-        """parts: the tensor-parallel processes; None: this one has whole layers."""
+        """parts: the tensor-parallel processes; None: this one has whole layers. sequence: each has
+        rows of the residual stream of its own.
+        """
         layers = cast(dict[str, Layer], model.gpt_neox.layers._modules)
-        self.blocks = [Block(layer, sums, recompute, parts) for layer in layers.values()]
+        self.blocks = [Block(layer, sums, recompute, parts, sequence) for layer in layers.values()]
         numbered = zip(map(int, layers), self.blocks, strict=True)
         for (i, below), (j, above) in pairwise(numbered):
             if j == i + 1:  # else another stage of a pipeline begins
                 above.below, below.is_top = below, False
-        self.sums, self.ops, self.parts = sums, model.ops, parts
+        self.sums, self.ops, self.parts, self.sequence = sums, model.ops, parts, sequence
         if hasattr(model.gpt_neox, "embed_in"):
             self.embedding = model.gpt_neox.embed_in.weight
             (self.embedding_grad,) = sums.hand_over([self.embedding])

@@ -101,7 +101,7 @@ class Trainer:
 
         Lean states may add them in bf16, of which there is no original to follow. Not where
         gradients may differ run to run: attention is then torch's where that is faster.
-        Nor where the residual stream is split by positions, or weights by rows.
+        Nor where weights are split by rows.
         """
         c, model = self.config, self.model
         lean = c.optimizer.states == "lean" and c.precision.ranks == 1
@@ -110,11 +110,12 @@ class Trainer:
             return
         from pythia_fast import block  # triton, which not every platform has
 
-        if c.parallel.sequence or self._full:
+        if self._full:
             return
         if block.takes(c.model.head_dim, c.model.rotary_dim, self.optimizer.weight.dtype):
             recompute = c.kernels.recompute == "selective"
-            model.fused = block.Fused(model, self.optimizer, recompute, self.mesh.group("tensor"))
+            parts, sequence = self.mesh.group("tensor"), c.parallel.sequence
+            model.fused = block.Fused(model, self.optimizer, recompute, parts, sequence)
 
     # --- the step ---
 

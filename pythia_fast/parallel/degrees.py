@@ -87,8 +87,10 @@ def _check_full(c: Config, data: int) -> None:
     if p.pipeline > 1:
         raise InputError(
             f"parallel.shard = 'full' with parallel.pipeline = {p.pipeline} is not there yet: "
-            "'optimizer' is"
+            "choose shard = 'optimizer'"
         )
+    if c.optimizer.states == "lean":
+        raise InputError("optimizer.states = 'lean' does not go with parallel.shard = 'full'")
     if c.precision.gradients != "fp32":
         raise InputError(
             f"parallel.shard = 'full' sums gradients in fp32, not precision.gradients = "

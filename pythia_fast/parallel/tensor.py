@@ -12,8 +12,11 @@ Collectives of a microbatch, (B, T, h) each unless said otherwise:
     backward    a layer 1, final norm 1: the LayerNorm backward is linear in the upstream gradient,
                 so partial sums pass through both norms of a layer before they meet
 
-An all-reduce each; with sequence parallelism, where a process keeps T/P positions of the residual
+An all-reduce each; with sequence parallelism, where a process keeps one P-th of the residual
 stream, a reduce-scatter towards it and an all-gather of normalised rows from it, of equal volume.
+That part is M/P of the M = B·T rows as they lie in memory, so that nothing is permuted around a
+collective; its shape is written (B, T/P, h), but which positions it holds matters to nothing that
+is done to it.
 Gradients of the norms, and with sequence parallelism of the row-parallel biases, are then partial
 sums, reduced once a step by the optimizer (`AdamW.apply`).
 
@@ -41,7 +44,6 @@ _ROWS = (
     "dense_h_to_4h.weight", "dense_h_to_4h.bias",
 )  # fmt: skip
 _COLUMNS = ("attention.dense.weight", "dense_4h_to_h.weight")
-_LENGTH = 1  # the dim of positions
 
 
 def split_dim(name: str) -> int | None:
@@ -113,37 +115,50 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return _gathered(x, group)
+        return gathered(x, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return _scattered(dy, ctx.group), None
+        return scattered(dy, ctx.group)[0], None
 
 
 class Scatter(torch.autograd.Function):
-    """(B, T, h) -> the sum over processes of this one's positions, (B, T/P, h)."""
+    """(B, T, h) -> the sum over processes of this one's rows, (B, T/P, h)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return _scattered(x, group)
+        return scattered(x, group)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return _gathered(dy, ctx.group), None
+        return gathered(dy, ctx.group), None
 
 
-def _gathered(x: Tensor, group: ProcessGroup) -> Tensor:
-    return _all(x.contiguous(), group).transpose(0, 1).flatten(1, 2)  # (P, B, T/P, h)
+def gathered(x: Tensor, group: ProcessGroup) -> Tensor:
+    """(B, T/P, h) of every process -> (B, T, h)."""
+    whole = x.new_empty(x.shape[0], x.shape[1] * group.size(), *x.shape[2:])
+    all_gather(whole.view(-1), x.reshape(-1), group=group)
+    return whole
 
 
-def _scattered(x: Tensor, group: ProcessGroup) -> Tensor:
-    parts = x.unflatten(_LENGTH, (group.size(), -1)).transpose(0, 1).contiguous()
-    own = parts.new_empty(parts.shape[1:])
-    reduce_scatter(own, parts.flatten(0, 1), group=group)
-    return own
+def scattered(
+    x: Tensor, group: ProcessGroup, async_op: bool = False
+) -> tuple[Tensor, dist.Work | None]:
+    """(B, T, h) -> the sum over processes of this one's rows, (B, T/P, h); there after wait()."""
+    own = x.new_empty(x.shape[0], x.shape[1] // group.size(), *x.shape[2:])
+    work = reduce_scatter(own.view(-1), x.reshape(-1), group=group, async_op=async_op)
+    return own, work
+
+
+def summed(x: Tensor, group: ProcessGroup, sequence: bool) -> Tensor:
+    """The sum over processes of x (B, T, h), *consumed*: whole, or (sequence) its own rows."""
+    if sequence:
+        return scattered(x, group)[0]
+    dist.all_reduce(x, group=group)
+    return x
 
 
 def _all(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -201,7 +216,7 @@ def _whole_norms(ops: Ops, group: ProcessGroup) -> dict[str, Any]:
 
 
 def _sequence_norms(ops: Ops, group: ProcessGroup) -> dict[str, Any]:
-    """x̂ is made of the positions at hand and gathered once; both norms are affine in it."""
+    """x̂ is made of the rows at hand and gathered once; both norms are affine in it."""
 
     def normalised(x: Tensor, eps: float) -> Tensor:
         one, zero = x.new_ones(x.shape[-1]), x.new_zeros(x.shape[-1])

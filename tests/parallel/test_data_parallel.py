@@ -205,6 +205,7 @@ def test_ranks_that_are_processes_add_up_as_ranks_on_one_do(
 REFUSED = [
     ([*FP16, "--precision.sum_ranks", "4"], "parallel.data = 2 is not precision.sum_ranks = 4: "),
     ([*FP16, *FULL], "parallel.shard = 'full' sums gradients in fp32, not precision.gradients = 'fp16'"),
+    ([*FULL, "--optimizer.states", "lean", "--precision.compute", "bf16"], "optimizer.states = 'lean' does not go with parallel.shard = 'full'"),
     ([*FULL, "--model.vocab_size", "65"], "model.vocab_size = 65 is not divisible by parallel.data = 2 times parallel.tensor = 1,"),
     ([*FULL, "--model.hidden", "63", "--model.heads", "9", "--model.rotary_pct", "0.3"], "model.hidden = 63 is not divisible by parallel.data = 2"),
 ]  # fmt: skip

@@ -144,10 +144,12 @@ def alone_on_kernels(ranks: Ranks, page: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("sequence", ["false", "true"])
 def test_the_fused_block_on_its_part_of_the_heads(
-    ranks: Ranks, page: str, alone_on_kernels: dict[str, Any], recompute: str
+    ranks: Ranks, page: str, alone_on_kernels: dict[str, Any], recompute: str, sequence: str
 ) -> None:
     flags = [*SMALL, *KERNELS, *TENSOR2, "--kernels.recompute", recompute]
+    flags += ["--parallel.sequence", sequence]
     found = ranks.call(2, follow, page, flags, 2)
     assert all(process["fused"] for process in found)
     check(found, alone_on_kernels)
@@ -162,13 +164,29 @@ def test_collectives_of_a_step(ranks: Ranks, page: str, kernels: list[str]) -> N
         assert counts == {"allreduce_": m * (2 + 2 * layers) + once, "_allgather_base_": m}
 
 
-def test_collectives_of_a_step_with_sequence_parallelism(ranks: Ranks, page: str) -> None:
-    m, layers = 4, 2
-    for counts in ranks.call(2, collectives, page, [*SMALL, *TENSOR2, *SEQUENCE]):
+@pytest.mark.parametrize("kernels", [[], KERNELS], ids=["ops", "fused"])
+def test_collectives_of_a_step_with_sequence_parallelism(
+    ranks: Ranks, page: str, kernels: list[str]
+) -> None:
+    m, layers = 2 if kernels else 4, 2
+    for counts in ranks.call(2, collectives, page, [*SMALL, *kernels, *TENSOR2, *SEQUENCE]):
         towards = m * (2 + 2 * layers)  # embedding, layers, and backward layers, final norm
         assert counts == {
             "_reduce_scatter_base_": towards, "_allgather_base_": towards + m, "allreduce_": 2,
         }  # fmt: skip
+
+
+def test_collectives_of_data_parallelism(ranks: Ranks, page: str) -> None:
+    """Of 2 × 2 processes: those of tensor parallelism; each bucket once, however many microbatches."""
+    m, layers, buckets = 2, 2, 2
+    tensor = m * (2 + 2 * layers) + 2 + 1  # the last: the loss, over data
+    for shard, more in (
+        ("optimizer", {"_reduce_scatter_base_": buckets, "_allgather_base_": m + buckets}),
+        ("none", {"allreduce_": tensor + buckets}),
+    ):
+        flags = [*SMALL, *TENSOR2, "--parallel.shard", shard]
+        for counts in ranks.call(4, collectives, page, flags):
+            assert counts == {"allreduce_": tensor, "_allgather_base_": m, **more}
 
 
 CHAIN = [

@@ -48,7 +48,7 @@ def follow(page: str, flags: list[str], steps: int, faulty: str | None = None) -
         gradients = {
             n: g.clone().numpy() for n, g in trainer.optimizer.views(trainer.optimizer.grad).items()
         }
-        moments = {n: t.numpy().copy() for n, t in whole(trainer).items()}
+        moments = {n: t.float().numpy().copy() for n, t in whole(trainer).items()}
         found += [step(trainer, i) for i in range(1, steps)]
         valid = trainer.validate()
         place = {
