@@ -7,12 +7,9 @@ continues from its newest complete checkpoint, bit for bit.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import signal
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pythia_fast import checkpoint, ledger
+from pythia_fast.assemble import assemble, obstacle
 from pythia_fast.config import Config, flatten, to_toml
 from pythia_fast.data.build import load_tokenizer
 from pythia_fast.data.commands import rows_from, valid_rows_from
@@ -29,17 +27,16 @@ from pythia_fast.data.loader import RUNNING_START, Loader, Share, read_batch
 from pythia_fast.errors import CheckError, InputError
 from pythia_fast.explain import differences
 from pythia_fast.graph import Compute, graphed
+from pythia_fast.host import Clock, keep_freed_memory, noted_signals
 from pythia_fast.journal import Journal
-from pythia_fast.lean import LeanAdamW
 from pythia_fast.metrics import read_steps, require_trackers
-from pythia_fast.model import Pythia, initial_weights
+from pythia_fast.model import initial_weights
 from pythia_fast.ops import select
-from pythia_fast.optim import DTYPES, AdamW, learning_rate
-from pythia_fast.parallel.data import put_, shard_fully
+from pythia_fast.optim import DTYPES, learning_rate
+from pythia_fast.parallel.data import put_
 from pythia_fast.parallel.mesh import Mesh, joined, local_device
-from pythia_fast.parallel.pipeline import Pipeline, keep_own
 from pythia_fast.parallel.same import check_same_data
-from pythia_fast.parallel.tensor import local_part, localise, tensor_ops
+from pythia_fast.parallel.tensor import local_part
 from pythia_fast.progress import say
 from pythia_fast.saving import Saver
 
@@ -64,58 +61,19 @@ class Trainer:
         self.mesh = mesh or Mesh.alone(local_device())
         self.device = self.mesh.device
         if self.device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         ops = select(c.kernels.backend, self.device, c.kernels.deterministic)
         self.rows = rows_from(c)
         self.valid_tokens = _valid_tokens(c)
-        self.model = Pythia(c.model, ops)
-        if (parts := self.mesh.group("tensor")) is not None:
-            self.model = Pythia(c.model, tensor_ops(ops, parts, c.parallel.sequence))
-            localise(self.model, self.mesh.degrees.tensor)
-        if self.mesh.group("pipeline") is not None:
-            keep_own(self.model, c, self.mesh)
-        if self._full:
-            shard_fully(self.model, self.mesh, DTYPES[c.precision.compute])
-        of = (self.model, c.optimizer, c.precision, ops, self.device, self.mesh, c.parallel)
-        lean = c.optimizer.states == "lean"
-        self.optimizer = LeanAdamW(*of, seed=c.train.seed) if lean else AdamW(*of)
-        self._fuse()
-        self.pipeline: Pipeline | None = None
-        if self.mesh.group("pipeline") is not None:
-            self.pipeline = Pipeline(self.model, self.optimizer, c, self.mesh)
+        self.model, self.optimizer, self.pipeline = assemble(c, self.mesh, ops)
         self.compute: Compute = self._on_device
         if c.kernels.graph:
-            self.compute = graphed(self._on_device, self.device, self._obstacle())
+            why_not = obstacle(self.model, self.optimizer, self.pipeline)
+            self.compute = graphed(self._on_device, self.device, why_not)
         self.permanent = frozenset(checkpoint.schedule(c.checkpoint.steps, c.train.steps))
         self.step = 0  # steps done, skipped ones too
         self.first_step = 0  # that of the checkpoint a run was imported from
         self.lr = 0.0  # of the last step
-
-    @property
-    def _full(self) -> bool:
-        """Whether FSDP2 holds the weights."""
-        return self.config.parallel.shard == "full" and self.mesh.degrees.data > 1
-
-    def _fuse(self) -> None:
-        """Gives the model its fused blocks and head: on the kernels, with gradients added in fp32.
-
-        Lean states may add them in bf16, of which there is no original to follow. Not where
-        gradients may differ run to run: attention is then torch's where that is faster.
-        Nor where weights are split by rows.
-        """
-        c, model = self.config, self.model
-        lean = c.optimizer.states == "lean" and c.precision.ranks == 1
-        adds = c.precision.gradients == "fp32" or lean
-        if model.ops.name != "triton" or not adds or not c.kernels.deterministic:
-            return
-        from pythia_fast import block  # triton, which not every platform has
-
-        if self._full:
-            return
-        if block.takes(c.model.head_dim, c.model.rotary_dim, self.optimizer.weight.dtype):
-            recompute = c.kernels.recompute == "selective"
-            parts, sequence = self.mesh.group("tensor"), c.parallel.sequence
-            model.fused = block.Fused(model, self.optimizer, recompute, parts, sequence)
 
     # --- the step ---
 
@@ -161,20 +119,6 @@ class Trainer:
         norm = optimizer.apply()
         return self.mesh.sum_(loss, "data") / factor, norm
 
-    def _obstacle(self) -> str | None:
-        """Why a step here cannot be recorded."""
-        if self.optimizer.loss_scale is not None:
-            return "since loss scaling decides on the host whether a step counts"
-        if self.pipeline is not None:
-            return "since a pipeline's schedule sends and receives"
-        if self.model.fused is None:
-            return "since its blocks are not fused"
-        if not self.optimizer.on_kernels:
-            return "since torch's AdamW updates"
-        if self.optimizer.mesh.degrees.world > 1:
-            return "since collectives between processes have not been recorded yet"
-        return None
-
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss of the first train.valid_rows held-out rows, nats a token."""
@@ -201,7 +145,7 @@ class Trainer:
             with publish(self.run_dir / "config.toml") as page:
                 page.write(to_toml(c).encode())
         with ExitStack() as stack:
-            arrived = stack.enter_context(_signals())
+            arrived = stack.enter_context(noted_signals())
             self.journal = stack.enter_context(
                 Journal(c, self.run_dir, self.step, running, self.first_step, self.mesh.main)
             )
@@ -216,7 +160,7 @@ class Trainer:
                 share=self._share(),
             )  # fmt: skip
             stack.enter_context(closing(loader))
-            clock = _Clock(c.tokens_per_step)
+            clock = Clock(c.tokens_per_step)
             for batch in loader:
                 try:
                     loss, norm = self.train_step(self._staged(batch.tokens))
@@ -379,18 +323,6 @@ class Trainer:
         self.saver.save(self.step, self.optimizer.state(), extra, permanent)
 
 
-def _keep_freed_memory() -> None:
-    """Stops glibc from handing large blocks back to the kernel at each free.
-
-    Activations would otherwise be mapped and zeroed anew every step: 0.64 against 0.53 s a step of
-    the quickstart on two cores. M_MMAP_THRESHOLD = -3 and M_TRIM_THRESHOLD = -1 of malloc.h.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 1 << 30)
-        mallopt(-1, (1 << 31) - 1)
-
-
 def rank_shares(tokens: Tensor, c: Config) -> Tensor:
     """tokens (batch_size, T + 1) -> (ranks, rows of a rank, T + 1), each rank's rows in order.
 
@@ -404,46 +336,6 @@ def rank_shares(tokens: Tensor, c: Config) -> Tensor:
 def _or_null(value: float) -> float | None:
     """JSON has no infinity: a skipped step has no norm."""
     return value if math.isfinite(value) else None
-
-
-class _Clock:
-    """Tokens per second since the last reading; saving and validation are left out."""
-
-    def __init__(self, tokens_per_step: int) -> None:
-        self._tokens_per_step = tokens_per_step
-        self.restart()
-
-    def restart(self) -> None:
-        self._since, self._steps = time.perf_counter(), 0
-
-    def tick(self) -> None:
-        self._steps += 1
-
-    def rate(self) -> float:
-        rate = self._steps * self._tokens_per_step / (time.perf_counter() - self._since)
-        self.restart()
-        return rate
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM land in the list and end the run after its step; two SIGINT at once."""
-    arrived: list[int] = []
-
-    def note(signum: int, _: object) -> None:
-        again = bool(arrived)
-        arrived.append(signum)
-        if not again:
-            say(f"{signal.Signals(signum).name}: saving after this step (Ctrl-C again: at once)")
-        elif signum == signal.SIGINT:  # a job's manager and torchrun may both pass on a SIGTERM
-            raise KeyboardInterrupt
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield arrived
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def train(config: Config, run: Path) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from kernel_proof import Mutant, assert_killed
 from tiny_run import train_stopping_at
 from torch import Tensor
 
+import pythia_fast.assemble
 import pythia_fast.graph as real
 import pythia_fast.optim
 import pythia_fast.train
+from pythia_fast.assemble import obstacle
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="a GPU captures for real: test_step_on_gpu.py"
@@ -50,7 +52,9 @@ def check_graph(module: ModuleType) -> None:
     try:
         patch.setattr(real, "cuda", None)
         train = module if hasattr(module, "Trainer") else pythia_fast.train
-        patch.setattr(train, "AdamW", getattr(module, "AdamW", pythia_fast.optim.AdamW))
+        patch.setattr(
+            pythia_fast.assemble, "AdamW", getattr(module, "AdamW", pythia_fast.optim.AdamW)
+        )
         trainer = fresh(config, directory / "run", train)
         cuda = on_a_graph(trainer, module if hasattr(module, "StepGraph") else real)
         assert_same(through(trainer), expected)
@@ -152,7 +156,8 @@ def test_what_cannot_be_recorded_is_said(
 ) -> None:
     trainer = pythia_fast.train.Trainer(page(tmp_path, *flags), tmp_path / "run")
     gpu = torch.device("cuda")
-    assert real.graphed(trainer._on_device, gpu, trainer._obstacle()) == trainer._on_device
+    why_not = obstacle(trainer.model, trainer.optimizer, trainer.pipeline)
+    assert real.graphed(trainer._on_device, gpu, why_not) == trainer._on_device
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "kernels.graph" in said and reason in said
 

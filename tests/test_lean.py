@@ -11,6 +11,7 @@ import torch
 from kernel_proof import Mutant, assert_killed, assert_sound
 from tiny_run import train_stopping_at
 
+import pythia_fast.assemble
 import pythia_fast.lean as real
 import pythia_fast.train as trainer
 from pythia_fast import checkpoint
@@ -33,7 +34,7 @@ def check(module: ModuleType) -> None:
     directory.mkdir()
     config = page(directory, "--precision.gradients", "bf16")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "LeanAdamW", module.LeanAdamW)
+        patch.setattr(pythia_fast.assemble, "LeanAdamW", module.LeanAdamW)
         trainer.train(config, directory / "straight")
         train_stopping_at(trainer, config, directory / "run", 7)
         trainer.train(config, directory / "run")

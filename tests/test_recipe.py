@@ -15,6 +15,7 @@ from kernel_proof import Mutant, assert_killed, assert_sound
 from neox_numpy import NumpyAdamW, cosine_rate, loss_and_gradients, neox_v1_rate
 from recipe_proof import FP16, accumulate, batch, fresh_trainer, optimizer_for
 
+import pythia_fast.assemble
 import pythia_fast.optim
 import pythia_fast.train as real
 from pythia_fast.config import Config, load, resolve
@@ -164,12 +165,12 @@ def test_a_mutant_that_ignores_the_switch_is_killed(
 
     def check(module: ModuleType) -> None:
         if mutant.file == OPTIM:
-            monkeypatch.setattr(real, "AdamW", module.AdamW)
+            monkeypatch.setattr(pythia_fast.assemble, "AdamW", module.AdamW)
             monkeypatch.setattr(real, "learning_rate", module.learning_rate)
         elif mutant.file == FLAT:
             monkeypatch.setattr(pythia_fast.optim, "lay_out", module.lay_out)
         else:
-            monkeypatch.setattr(real, "Pythia", module.Pythia)
+            monkeypatch.setattr(pythia_fast.assemble, "Pythia", module.Pythia)
         follow(config, fresh_trainer(config, tmp_path), 5, loss_rtol=3e-6, state_rtol=1e-3)
 
     assert_sound([mutant], check)
@@ -354,7 +355,7 @@ def test_mutants_of_fp16_steps_are_killed(
 
     def check(module: ModuleType) -> None:
         if mutant.file == OPTIM:
-            monkeypatch.setattr(real, "AdamW", module.AdamW)
+            monkeypatch.setattr(pythia_fast.assemble, "AdamW", module.AdamW)
             module = real
         trainer = fresh_trainer(config, tmp_path, module)
         assert trainer.model.embed_out.weight.dtype == torch.float16

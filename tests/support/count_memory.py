@@ -19,6 +19,7 @@ from torch import Tensor
 
 import pythia_fast.block
 import pythia_fast.train
+from pythia_fast.assemble import fuse
 from pythia_fast.config import Config
 from pythia_fast.kernels.attention_tiles import HALVES
 from pythia_fast.lean import LeanAdamW
@@ -102,7 +103,7 @@ def _counted(trainer: Any, ops: Ops) -> tuple[int, int]:
         of = (trainer.model, config.optimizer, config.precision, ops, META)
         lean = config.optimizer.states == "lean"
         trainer.optimizer = LeanAdamW(*of, seed=0) if lean else AdamW(*of)
-        trainer._fuse()
+        fuse(trainer.model, trainer.optimizer, config, trainer.mesh)
         assert trainer.model.fused is not None
         tokens = torch.empty(
             config.train.batch_size, config.data.seq_len + 1, dtype=torch.int64, device=META

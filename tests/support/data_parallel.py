@@ -13,6 +13,7 @@ from kernel_proof import Mutant, load_mutant
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import pythia_fast.assemble
 import pythia_fast.flat
 import pythia_fast.optim
 import pythia_fast.train
@@ -64,9 +65,9 @@ USED_BY = {  # what of a mutated file takes the place of the real one, and where
     "pythia_fast/parallel/data.py": (
         (pythia_fast.optim, "Ownership"),
         (pythia_fast.optim, "Reduction"),
-        (pythia_fast.train, "shard_fully"),
+        (pythia_fast.assemble, "shard_fully"),
     ),
-    "pythia_fast/optim.py": ((pythia_fast.train, "AdamW"),),
+    "pythia_fast/optim.py": ((pythia_fast.assemble, "AdamW"),),
     "pythia_fast/data/loader.py": ((pythia_fast.train, "Share"),),
     "pythia_fast/train.py": ((sys.modules[__name__], "Trainer"),),
 }

@@ -157,6 +157,7 @@ def _work(
 
 def arm(fault: Fault) -> None:
     """Makes this process fail as `fault` says, once."""
+    import pythia_fast.train
     from pythia_fast import storage
     from pythia_fast.train import Trainer
 
@@ -193,7 +194,7 @@ def arm(fault: Fault) -> None:
         return lambda *_: bool(current) and getattr(current[0], "step", -1) == number
 
     if fault.phase == "init":  # the processes have met, nothing is loaded
-        at(Trainer, "_fuse", lambda *_: True)
+        at(pythia_fast.train, "assemble", lambda *_: True)
     elif fault.phase == "step":  # a backward pass is done, its gradients have met nobody
         from pythia_fast.optim import AdamW
 
