@@ -341,8 +341,8 @@ def test_fp16_training_follows_float64(page: Path, tmp_path: Path) -> None:
 
 
 FP16_MUTANTS = [
-    Mutant("loss not divided by its factor", TRAIN, "self.mesh.sum_(loss, \"data\") / factor", "self.mesh.sum_(loss, \"data\")"),
-    Mutant("loss not scaled", TRAIN, "factor / positions", "1.0 / positions"),
+    Mutant("loss not divided by its factor", TRAIN, "self.mesh.sum_(loss, \"data\") / factor, norm", "self.mesh.sum_(loss, \"data\"), norm"),
+    Mutant("loss not scaled", TRAIN, "self.model.loss(rows, factor / positions)", "self.model.loss(rows, 1.0 / positions)"),
     Mutant("weights always fp32", OPTIM, 'precision.compute == "fp32"', "True"),
 ]  # fmt: skip
 

@@ -93,6 +93,7 @@ def step_bytes(config: Config) -> tuple[int, int]:
         trainer: Any = object.__new__(pythia_fast.train.Trainer)
         ops = select("triton", META)
         trainer.config, trainer.device, trainer.mesh = config, META, Mesh.alone(META)
+        trainer.pipeline = None
         trainer.model = Pythia(config.model, ops)  # its parameters have no memory of their own
         return _counted(trainer, ops)
 
