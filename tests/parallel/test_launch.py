@@ -125,7 +125,8 @@ def test_sigterm_on_four_processes_and_the_resume_on_two(page, tmp_path, start) 
     four = start(
         *TORCHRUN, "--nproc-per-node", "4", "--master-port", str(free_port()), "-m", "pythia_fast",
         "--", "train", str(page), "--run", str(run), *FLAGS, "--train.steps", "2000",
-        "--parallel.tensor", "2", "--optimizer.warmup", "0", "--checkpoint.steps", "[]",
+        "--parallel.tensor", "2", "--parallel.pipeline", "2", "--optimizer.warmup", "0",
+        "--checkpoint.steps", "[]",
     )  # fmt: skip
     four.until("step 0/2000 running")
     while checkpoint.newest(run) is None:
@@ -178,10 +179,8 @@ def test_bad_input_under_torchrun(page, tmp_path, start) -> None:  # type: ignor
 RESTARTS = [("kill", "step", 1), ("kill", "save", 0), ("stop", "step", 0), ("raise", "eval", 1)]
 
 
-@pytest.mark.parametrize(
-    ("how", "phase", "rank"),
-    [RESTARTS[0], *(pytest.param(*r, marks=pytest.mark.parallel) for r in RESTARTS[1:])],
-)
+@pytest.mark.parallel
+@pytest.mark.parametrize(("how", "phase", "rank"), RESTARTS)
 def test_torchrun_restarts_what_failed(how, phase, rank, page, tmp_path, start) -> None:  # type: ignore[no-untyped-def]
     run = tmp_path / "run"
     one = start(
