@@ -19,11 +19,6 @@ SOON = 60  # seconds; a machine with nothing else to do needs two
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_page(tmp_path_factory.mktemp("page"))
-
-
-@pytest.fixture(scope="module")
 def trained(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 4 steps on 2 processes."""
     run = tmp_path_factory.mktemp("trained")

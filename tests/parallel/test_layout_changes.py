@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +44,13 @@ LOSS = 2e-5
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with Ranks() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_run.make_page(tmp_path_factory.mktemp("page")))
-
-
-@pytest.fixture(scope="module")
-def runs(ranks: Ranks, page: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(ranks: Ranks, page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run on each source layout, as it stood after 4 of its 6 steps."""
     found = {}
     for name in SOURCES:
         world, flags = LAYOUTS[name]
         found[name] = tmp_path_factory.mktemp("run") / "run"
-        ranks.call(world, run, page, [*PAGE, *flags], str(found[name]))
+        ranks.call(world, run, str(page), [*PAGE, *flags], str(found[name]))
         shutil.rmtree(checkpoint.directory(found[name], 6))
     return found
 
@@ -75,18 +63,18 @@ def losses(directory: Path) -> list[float]:
 @pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_checkpoint_goes_on_in_any_layout(
-    source: str, target: str, ranks: Ranks, page: str, runs: dict[str, Path], tmp_path: Path
+    source: str, target: str, ranks: Ranks, page: Path, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     if source == target:
         pytest.skip("no change")
     here, (world, flags) = runs[source], LAYOUTS[target]
     wanted: dict[str, Any] = digests(here)
     assert len(wanted) == 3 * 52 and checkpoint.newest(here) == 4
-    ranks.call(world, carry, page, [*PAGE, *flags], str(here), str(tmp_path / "carried"))
+    ranks.call(world, carry, str(page), [*PAGE, *flags], str(here), str(tmp_path / "carried"))
     assert digests(tmp_path / "carried") == wanted
     on = tmp_path / "on"
     shutil.copytree(here, on)
-    ranks.call(world, run, page, [*PAGE, *flags], str(on))
+    ranks.call(world, run, str(page), [*PAGE, *flags], str(on))
     assert losses(on)[:4] == losses(here)[:4]
     assert losses(on)[4:] == pytest.approx(losses(here)[4:], rel=LOSS)
     ledgers = [tiny_run.rows(directory / "ledger.jsonl") for directory in (on, here)]
@@ -94,12 +82,12 @@ def test_a_checkpoint_goes_on_in_any_layout(
 
 
 @pytest.mark.parallel
-def test_a_wrong_state_is_seen_in_the_next_losses(ranks: Ranks, page: str, tmp_path: Path) -> None:
+def test_a_wrong_state_is_seen_in_the_next_losses(ranks: Ranks, page: Path, tmp_path: Path) -> None:
     """Mutant: each process of two saves the boxes of the other one."""
     right, wrong = tmp_path / "right", tmp_path / "wrong"
     for directory, faults in ((right, []), (wrong, ["boxes of the other process"])):
-        ranks.call(2, run, page, [*PAGE, *TENSOR2], str(directory), *faults)
+        ranks.call(2, run, str(page), [*PAGE, *TENSOR2], str(directory), *faults)
         shutil.rmtree(checkpoint.directory(directory, 6))
-        ranks.call(1, run, page, PAGE, str(directory))
+        ranks.call(1, run, str(page), PAGE, str(directory))
     assert losses(wrong)[:4] == losses(right)[:4]
     assert losses(wrong)[4:] != pytest.approx(losses(right)[4:], rel=100 * LOSS)
