@@ -21,11 +21,6 @@ STEP = 4  # of the fault
 SAVED = {"init": [], "step": [0, 1, 2], "save": [0, 1, 2], "eval": [0, 1, 2]}
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_page(tmp_path_factory.mktemp("page"))
-
-
 def arguments(page: Path, run: Path, *flags: str) -> list[str]:
     return ["train", str(page), "--run", str(run), *FLAGS, "--parallel.timeout", str(LIMIT), *flags]
 

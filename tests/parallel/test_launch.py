@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,11 +25,6 @@ FLAGS = """
 """.split()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 FAULTY = str(REPOSITORY / "tests" / "support" / "faulty.py")
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_page(tmp_path_factory.mktemp("page"))
 
 
 class Started:
@@ -101,8 +96,11 @@ def running(pid: int) -> bool:
         return False
 
 
+Start = Callable[..., Started]
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[object]:
+def start(tmp_path: Path) -> Iterator[Start]:
     started: list[Started] = []
 
     def begin(*command: str, **environment: str) -> Started:
@@ -120,12 +118,15 @@ def said(text: str) -> list[str]:
 
 
 @pytest.mark.parallel
-def test_sigterm_on_four_processes_and_the_resume_on_two(page, tmp_path, start) -> None:  # type: ignore[no-untyped-def]
+def test_sigterm_on_four_processes_and_the_resume_on_two(
+    page: Path, tmp_path: Path, start: Start
+) -> None:
     run = tmp_path / "run"
     four = start(
         *TORCHRUN, "--nproc-per-node", "4", "--master-port", str(free_port()), "-m", "pythia_fast",
         "--", "train", str(page), "--run", str(run), *FLAGS, "--train.steps", "2000",
-        "--parallel.tensor", "2", "--optimizer.warmup", "0", "--checkpoint.steps", "[]",
+        "--parallel.tensor", "2", "--parallel.pipeline", "2", "--optimizer.warmup", "0",
+        "--checkpoint.steps", "[]",
     )  # fmt: skip
     four.until("step 0/2000 running")
     while checkpoint.newest(run) is None:
@@ -161,7 +162,7 @@ def test_sigterm_on_four_processes_and_the_resume_on_two(page, tmp_path, start) 
     assert [batch["step"] for batch in batches] == list(range(len(rows)))
 
 
-def test_bad_input_under_torchrun(page, tmp_path, start) -> None:  # type: ignore[no-untyped-def]
+def test_bad_input_under_torchrun(page: Path, tmp_path: Path, start: Start) -> None:
     """Exit code 2 of every process stands in torchrun's table with the line; its own code is 1."""
     one = start(
         *TORCHRUN, "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "pythia_fast",
@@ -178,11 +179,11 @@ def test_bad_input_under_torchrun(page, tmp_path, start) -> None:  # type: ignor
 RESTARTS = [("kill", "step", 1), ("kill", "save", 0), ("stop", "step", 0), ("raise", "eval", 1)]
 
 
-@pytest.mark.parametrize(
-    ("how", "phase", "rank"),
-    [RESTARTS[0], *(pytest.param(*r, marks=pytest.mark.parallel) for r in RESTARTS[1:])],
-)
-def test_torchrun_restarts_what_failed(how, phase, rank, page, tmp_path, start) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parallel
+@pytest.mark.parametrize(("how", "phase", "rank"), RESTARTS)
+def test_torchrun_restarts_what_failed(
+    how: str, phase: str, rank: int, page: Path, tmp_path: Path, start: Start
+) -> None:
     run = tmp_path / "run"
     one = start(
         *TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", FAULTY, "--",
@@ -198,7 +199,9 @@ def test_torchrun_restarts_what_failed(how, phase, rank, page, tmp_path, start) 
 
 
 @pytest.mark.parallel
-def test_two_nodes_by_rendezvous_and_a_restart_on_both(page, tmp_path, start) -> None:  # type: ignore[no-untyped-def]
+def test_two_nodes_by_rendezvous_and_a_restart_on_both(
+    page: Path, tmp_path: Path, start: Start
+) -> None:
     run, port = tmp_path / "run", free_port()
     nodes = [
         start(
@@ -218,7 +221,9 @@ def test_two_nodes_by_rendezvous_and_a_restart_on_both(page, tmp_path, start) ->
 
 
 @pytest.mark.parallel
-def test_processes_whose_torchrun_is_killed_save_and_end(page, tmp_path, start) -> None:  # type: ignore[no-untyped-def]
+def test_processes_whose_torchrun_is_killed_save_and_end(
+    page: Path, tmp_path: Path, start: Start
+) -> None:
     run = tmp_path / "run"
     one = start(
         *TORCHRUN, "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "pythia_fast",
@@ -245,7 +250,7 @@ for one in $all; do wait $one || exit $?; done
 
 
 @pytest.mark.parallel
-def test_the_slurm_template(page, tmp_path, start) -> None:  # type: ignore[no-untyped-def]
+def test_the_slurm_template(page: Path, tmp_path: Path, start: Start) -> None:
     """With an srun that starts both nodes here; a template may not need more than it sets."""
     tools = tmp_path / "bin"
     tools.mkdir()

@@ -14,11 +14,6 @@ FLAGS = "--train.steps 8 --checkpoint.every 2 --train.valid_every 4 --parallel.t
 TENSOR2 = ["--parallel.tensor", "2", "--train.micro_batch_size", "2"]
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.make_page(tmp_path_factory.mktemp("page"))
-
-
 def arguments(page: Path, run: Path, *flags: str) -> list[str]:
     return ["train", str(page), "--run", str(run), *FLAGS, *flags]
 

@@ -8,6 +8,9 @@ import time
 import torch
 import torch.distributed as dist
 
+from pythia_fast.config import load
+from pythia_fast.parallel.mesh import joined
+
 
 def total() -> tuple[int, float]:
     """(rank, Σ of rank + 1 over all)."""
@@ -30,3 +33,23 @@ def one_raises(how: str) -> None:
         time.sleep(60)
     dist.all_reduce(torch.zeros(1))
     dist.destroy_process_group()
+
+
+def waits(page: str, settled: float | None, late: float) -> tuple[float, bool, str | None]:
+    """(seconds that a collective took, whether it failed, size of the flight recorder).
+
+    Rank 1 comes `late` seconds late. settled: seconds of the time-outs; None: still those of a
+    start.
+    """
+    with joined(load(page, ["--parallel.shard", "none"])) as mesh:
+        if settled is not None:
+            mesh.settle(settled)
+        dist.barrier()
+        if mesh.rank == 1:
+            time.sleep(late)
+        began, failed = time.monotonic(), False
+        try:
+            mesh.largest(1)
+        except RuntimeError:
+            failed = True
+        return time.monotonic() - began, failed, os.environ.get("TORCH_FR_BUFFER_SIZE")
