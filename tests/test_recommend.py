@@ -183,6 +183,7 @@ def check(module: ModuleType) -> None:
     assert {at.pipeline for at in kept} == {4}
     page = load(REPOSITORY / "configs/pythia-12b.toml")  # 16-bit gradients of 64 ranks
     assert {at.data for at in module.candidates(page, 128)} == {64}
+    assert not list(module.candidates(page, 8))  # nor all ranks on one, which degrees take
     rounds = module.candidates(config("1.4b", "--parallel.pipeline", "3"), 3)
     assert "interleaved-1f1b" not in {at.schedule for at in rounds}  # 2^n are no rounds of three
 

@@ -74,6 +74,11 @@ def degrees(c: Config, world: int) -> Degrees:
             f"parallel.data = {data} is not precision.sum_ranks = {c.precision.sum_ranks}: 16-bit "
             "gradients add up over as many processes as ranks, or all on one"
         )
+    if p.pipeline > 1 and c.precision.ranks > data:
+        raise InputError(
+            f"precision.sum_ranks = {c.precision.sum_ranks} with parallel.pipeline = {p.pipeline} "
+            f"needs parallel.data = {c.precision.sum_ranks}, not {data}: a process adds up one rank"
+        )
     if p.shard == "full" and data > 1:
         _check_full(c, data)
     if p.pipeline > 1:

@@ -14,6 +14,7 @@ does not offer: there gradients add up in autograd, in fp32 compute alone.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,6 +124,8 @@ class Pipeline:
             self.schedule = SEVERAL[p.schedule](held, self.microbatches, **options)
         if p.schedule != "zero-bubble" and mesh.group("data") is None:  # which takes them already
             optimizer.take_as_made()
+        if p.schedule == "zero-bubble":
+            _own_gradients(s.parts for s in self.stages)
 
     def _check(self) -> None:
         """What zero-bubble does not go with here, though its schedule would."""
@@ -204,3 +207,13 @@ class Pipeline:
         for loss in losses:
             total += loss.detach()
         return self.mesh.sum_(total, "pipeline")
+
+
+def _own_gradients(modules: Iterable[nn.Module]) -> None:
+    """Gives each vector a gradient of its own memory.
+
+    torch's half for the weights keeps what autograd returns as `.grad` and adds to it in place, but
+    both gradients of b1 + b2 are one tensor. A matrix' is the result of a product of its own.
+    """
+    for parameter in (p for module in modules for p in module.parameters() if p.dim() == 1):
+        parameter.register_hook(torch.clone)

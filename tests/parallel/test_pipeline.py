@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_run
+import torch
 from parallel_proof import carry, digests, follow, run
 from ranks import Ranks, RanksFailed
 
 from pythia_fast.config import resolve
 from pythia_fast.parallel.pipeline import layers_of_stages
+from pythia_fast.parallel.tensor import local_part
 
 SMALL = """
 --model.layers 8 --model.heads 4 --train.micro_batch_size 1 --train.batch_size 8 --train.steps 4
@@ -42,19 +44,30 @@ def alone(ranks: Ranks, page: str) -> dict[str, Any]:
 def check(found: list[dict[str, Any]], one: dict[str, Any], exact: bool = True) -> None:
     """Losses and, where only a pipeline splits the model, gradients of every parameter."""
     held: set[str] = set()
+    copies = "gradients" if exact else "moments"  # (1 - β1) of the clipped gradients: of all data
     for process in found:
         assert process["steps"][0, 0] == pytest.approx(one["steps"][0, 0], rel=0 if exact else LOSS)
         np.testing.assert_allclose(process["steps"], one["steps"], rtol=LOSS)
         assert process["valid"] == pytest.approx(one["valid"], rel=LOSS)
         held |= process["gradients"].keys()
-        for name, gradient in process["gradients"].items() if exact else ():
-            np.testing.assert_array_equal(gradient, one["gradients"][name], err_msg=name)
+        for name, found_here in process[copies].items():
+            whole = torch.from_numpy(one[copies][name])
+            wanted = local_part(name, whole, process["parts"], process["part"]).numpy()
+            if exact:
+                np.testing.assert_array_equal(found_here, wanted, err_msg=name)
+            else:  # sums of T or h products in another order, of a normal size
+                close = {"rtol": 1e-5, "atol": 1e-5 * np.abs(wanted).max()}
+                np.testing.assert_allclose(found_here, wanted, **close, err_msg=name)
     assert held == one["gradients"].keys()
 
 
 def pipe(degree: int, schedule: str, stages: int = 1, *more: str) -> list[str]:
     flags = ["--parallel.pipeline", str(degree), "--parallel.schedule", schedule]
     return [*flags, "--parallel.stages_per_rank", str(stages), *more]
+
+
+TENSOR, SHARDED = ["--parallel.tensor", "2"], ["--parallel.shard", "optimizer"]
+SEQUENCE = [*TENSOR, "--parallel.sequence", "true"]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +89,7 @@ def pipe(degree: int, schedule: str, stages: int = 1, *more: str) -> list[str]:
                 pipe(2, "zero-bubble"),
                 pipe(4, "zero-bubble", 2),
                 pipe(8, "1f1b"),
+                pipe(4, "interleaved-1f1b", 2, "--train.micro_batch_size", "4"),
             )
         ),
     ],
@@ -101,24 +115,65 @@ def test_in_bf16_gradients_add_up_in_fp32(ranks: Ranks, page: str, schedule: str
 
 
 @pytest.mark.parametrize(
-    ("world", "more"),
+    ("world", "flags"),
     [
-        (4, ["--parallel.tensor", "2"]),
-        (4, ["--parallel.shard", "optimizer"]),
-        pytest.param(
-            4, ["--parallel.tensor", "2", "--parallel.sequence", "true"], marks=pytest.mark.parallel
+        (4, pipe(2, "1f1b", 1, *TENSOR)),
+        (4, pipe(2, "1f1b", 1, *SHARDED)),
+        (4, pipe(2, "zero-bubble", 2, *TENSOR)),
+        *(
+            pytest.param(world, flags, marks=pytest.mark.parallel)
+            for world, flags in (
+                (4, pipe(2, "1f1b", 1, *SEQUENCE)),
+                (4, pipe(2, "1f1b", 1, *TENSOR, "--train.valid_rows", "7")),
+                (4, pipe(2, "gpipe", 1, *SHARDED)),
+                (4, pipe(2, "interleaved-1f1b", 2, *TENSOR)),
+                (4, pipe(2, "interleaved-1f1b", 2, *SEQUENCE)),
+                (4, pipe(2, "interleaved-1f1b", 2, *SHARDED)),
+                (4, pipe(2, "zero-bubble", 2, *SEQUENCE)),
+                (4, pipe(2, "zero-bubble", 2, *SHARDED)),
+                (4, pipe(2, "zero-bubble", 1, *TENSOR)),
+                (8, pipe(2, "1f1b", 1, *TENSOR, *SHARDED)),
+                (8, pipe(2, "zero-bubble", 2, *TENSOR, *SHARDED)),
+                (8, pipe(2, "1f1b", 1, "--parallel.tensor", "4")),
+                (8, pipe(4, "1f1b", 1, *TENSOR)),
+                (8, pipe(2, "1f1b", 1, *SHARDED)),
+            )
         ),
-        pytest.param(8, ["--parallel.tensor", "2"], marks=pytest.mark.parallel),
-        pytest.param(8, ["--parallel.tensor", "4"], marks=pytest.mark.parallel),
-        pytest.param(8, ["--parallel.shard", "optimizer"], marks=pytest.mark.parallel),
     ],
-    ids=lambda v: " ".join(v) if isinstance(v, list) else str(v),
+    ids=lambda v: " ".join(v[1::2]) if isinstance(v, list) else str(v),
 )
 def test_a_pipeline_beside_other_axes(
-    ranks: Ranks, page: str, alone: dict[str, Any], world: int, more: list[str]
+    ranks: Ranks, page: str, alone: dict[str, Any], world: int, flags: list[str]
 ) -> None:
-    found = ranks.call(world, follow, page, [*SMALL, *pipe(2, "1f1b"), *more], 3)
-    check(found, alone, exact=False)
+    one = alone
+    if "--train.valid_rows" in flags:
+        one = ranks.call(1, follow, page, [*SMALL, *flags[-2:]], 3)[0]
+    check(ranks.call(world, follow, page, [*SMALL, *flags], 3), one, exact=False)
+
+
+R16 = """--precision.compute bf16 --precision.gradients bf16 --precision.gradient_sum bf16
+--precision.sum_ranks 2""".split()
+FP16 = "--precision.compute fp16 --precision.loss_scaling hysteresis".split()
+COPIES = "--optimizer.norm_copies 2 --optimizer.row_bias_copies 2".split()
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize(
+    ("world", "precision", "flags"),
+    [
+        (4, R16, pipe(2, "1f1b", 1, *SHARDED)),
+        (2, FP16, pipe(2, "1f1b")),
+        (4, COPIES, pipe(2, "1f1b", 1, *TENSOR)),
+    ],
+    ids=["16-bit gradients", "loss scaling", "copies"],
+)
+def test_recipes_of_the_original_in_a_pipeline(
+    ranks: Ranks, page: str, world: int, precision: list[str], flags: list[str]
+) -> None:
+    one = ranks.call(1, follow, page, [*SMALL, *precision], 3)[0]
+    for process in ranks.call(world, follow, page, [*SMALL, *precision, *flags], 3):
+        np.testing.assert_allclose(process["steps"], one["steps"], rtol=LOSS)
+        assert process["valid"] == pytest.approx(one["valid"], rel=LOSS)
 
 
 def test_the_fused_blocks_of_a_stage(ranks: Ranks, page: str) -> None:
@@ -154,6 +209,8 @@ def test_checkpoints_pass_between_pipelines(ranks: Ranks, page: str, tmp_path: P
     [
         (pipe(2, "1f1b", 2), "stages_per_rank = 2 needs"),
         (pipe(2, "interleaved-1f1b", 2, "--train.batch_size", "5"), "5 microbatches a step are not 2 equal rounds of at least parallel.pipeline = 2"),
+        (pipe(2, "1f1b", 1, "--parallel.shard", "full"), "'full' with parallel.pipeline = 2 is not there yet"),
+        (pipe(2, "1f1b", 1, *R16), "precision.sum_ranks = 2 with parallel.pipeline = 2 needs parallel.data = 2, not 1"),
         (pipe(2, "zero-bubble", 1, "--precision.compute", "bf16"), "precision.compute = 'bf16' would round them"),
         (pipe(2, "zero-bubble", 1, "--kernels.backend", "triton", "--model.hidden", "128"), "which the fused block has not"),
         (pipe(2, "interleaved-1f1b", 5), "model.layers = 8 are fewer than the 10 pipeline stages"),
@@ -162,7 +219,7 @@ def test_checkpoints_pass_between_pipelines(ranks: Ranks, page: str, tmp_path: P
 )  # fmt: skip
 def test_what_does_not_fit_is_named(ranks: Ranks, page: str, flags: list[str], said: str) -> None:
     with pytest.raises(RanksFailed) as failed:
-        ranks.call(2, follow, page, [*SMALL, *flags], 1)
+        ranks.call(4 if "full" in flags else 2, follow, page, [*SMALL, *flags], 1)
     assert all("InputError" in text and said in text for text in failed.value.errors.values())
 
 
@@ -193,3 +250,13 @@ def test_faults_are_seen(ranks: Ranks, page: str, alone: dict[str, Any], fault: 
     found = ranks.call(2, follow, page, [*SMALL, *pipe(2, "1f1b")], 3, fault)
     with pytest.raises(AssertionError):
         check(found, alone)
+
+
+@pytest.mark.parametrize("layout", [TENSOR, SEQUENCE], ids=["tensor", "sequence"])
+def test_biases_that_share_a_gradient_are_seen(
+    ranks: Ranks, page: str, alone: dict[str, Any], layout: list[str]
+) -> None:
+    flags = [*SMALL, *pipe(2, "zero-bubble", 2, *layout)]
+    found = ranks.call(4, follow, page, flags, 1, "one gradient of two biases")
+    with pytest.raises(AssertionError, match="Mismatched elements"):
+        check(found, alone | {"steps": found[0]["steps"], "valid": found[0]["valid"]}, exact=False)

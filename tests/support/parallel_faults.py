@@ -12,7 +12,7 @@ from torch import Tensor
 from pythia_fast import block, train
 from pythia_fast.config import Config
 from pythia_fast.optim import AdamW
-from pythia_fast.parallel import tensor
+from pythia_fast.parallel import pipeline, tensor
 from pythia_fast.parallel.pipeline import Pipeline, Stage
 from pythia_fast.pieces import Pieces
 
@@ -71,6 +71,7 @@ FAULTS = {
     "the loss of a microbatch is lost": (Pipeline, "_summed", _without_the_last),
     "gradients divided by the microbatches": (Pipeline, "step", _divided),
     "a layer left out": (Stage, "__init__", _one_too_many),
+    "one gradient of two biases": (pipeline, "_own_gradients", lambda modules: None),
     "boxes of the other process": (AdamW, "_pieces", _shifted),
 }  # fmt: skip
 

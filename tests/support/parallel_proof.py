@@ -46,7 +46,8 @@ def follow(page: str, flags: list[str], steps: int, faulty: str | None = None) -
         trainer = trainer_at_start(config, mesh, Path(page).parent / "run")
         found = [step(trainer, 0)]
         gradients = {
-            n: g.clone().numpy() for n, g in trainer.optimizer.views(trainer.optimizer.grad).items()
+            n: g.float().clone().numpy()
+            for n, g in trainer.optimizer.views(trainer.optimizer.grad).items()
         }
         moments = {n: t.float().numpy().copy() for n, t in whole(trainer).items()}
         found += [step(trainer, i) for i in range(1, steps)]
