@@ -101,10 +101,10 @@ class Trainer:
         c, optimizer = self.config, self.optimizer
         tokens = tokens.to(self.device, non_blocking=True)
         factor = optimizer.loss_factor  # of the loss before backward
-        positions = tokens[:, 1:].numel() * self.mesh.degrees.data  # of the step
-        if self.pipeline is not None:
-            loss = self.pipeline.step(tokens, factor / positions)
+        if self.pipeline is not None:  # whose inner stages have no tokens
+            loss = self.pipeline.step(tokens, factor / c.tokens_per_step)
             return self.mesh.sum_(loss, "data") / factor, optimizer.apply()
+        positions = tokens[:, 1:].numel() * self.mesh.degrees.data  # of the step
         loss = torch.zeros((), device=self.device)
         alone = self.mesh.degrees.data == 1  # else this process is one rank, and these its rows
         for share in rank_shares(tokens, c) if alone else tokens[None]:
@@ -194,11 +194,12 @@ class Trainer:
 
     def _share(self) -> Share | None:
         """The rows of a step that are this process's own; None: all."""
-        copies = self.mesh.degrees.data
-        if copies == 1:
+        mesh, pipeline = self.mesh, self.pipeline
+        if mesh.degrees.world == 1:
             return None
-        b = self.config.train.micro_batch_size
-        return Share(b, copies, self.mesh.copy, ledger=self.mesh.main)
+        reads = pipeline is None or pipeline.first or pipeline.last
+        b, copies = self.config.train.micro_batch_size, mesh.degrees.data
+        return Share(b, copies, mesh.copy, ledger=mesh.main, reads=reads)
 
     def _every(self, steps: int) -> bool:
         return steps > 0 and self.step % steps == 0

@@ -37,13 +37,15 @@ class Share:
     """What one of several data-parallel processes trains on: its microbatches of a step, in order.
 
     With D processes of b rows a microbatch, microbatch m of process d is rows [m·D·b + d·b, + b).
-    Source: GPT-NeoX v1.0 samplers.py:127-165. The process that keeps the ledger reads all rows.
+    Source: GPT-NeoX v1.0 samplers.py:127-165. The process that keeps the ledger reads all rows; one
+    in the middle of a pipeline needs none.
     """
 
     micro_batch_size: int
     copies: int
     copy: int
     ledger: bool
+    reads: bool = True
 
     def ranges(self, batch_size: int) -> list[slice]:
         b = self.micro_batch_size
@@ -71,6 +73,8 @@ def read_batch(
 ) -> Batch:
     """The batch of one step. Raises InputError naming the first id outside the vocabulary."""
     first, last = batch_size * step, batch_size * (step + 1)
+    if share is not None and not share.reads:
+        return Batch(step, rows.tokens(first, first), first, last - 1, "")
     ranges = [slice(0, batch_size)] if share is None else share.ranges(batch_size)
     if share is None or share.ledger:
         whole = rows.tokens(first, last)
