@@ -74,6 +74,7 @@ class Trainer:
         self.step = 0  # steps done, skipped ones too
         self.first_step = 0  # that of the checkpoint a run was imported from
         self.lr = 0.0  # of the last step
+        self.new = False  # there was no checkpoint, as the main process saw the directory
 
     # --- the step ---
 
@@ -153,7 +154,7 @@ class Trainer:
             self.saver = stack.enter_context(
                 Saver(self.run_dir, self.mesh, saving.keep, saving.async_)
             )
-            if 0 in self.permanent and checkpoint.newest(self.run_dir) is None:
+            if 0 in self.permanent and self.new:
                 self._save()
             loader = Loader(
                 self.rows, c.train.batch_size, self.step, c.train.steps, c.model.vocab_size,
@@ -172,7 +173,8 @@ class Trainer:
                 # agreed upon once a step: a signal that arrives later ends the next step
                 stop = self.mesh.largest(_UNSAVED if self.saver.failed else (*arrived, 0)[0])
                 if stop == _UNSAVED:
-                    self.saver.wait()  # raises
+                    self.saver.wait()  # raises where the failure is this process's own
+                    raise self._end("a save beside training failed on another process")
                 save = self.step in self.permanent or self._every(c.checkpoint.every) or stop
                 valid = self.valid_tokens is not None and self._due(c.train.valid_every)
                 log = valid or self._due(c.log.every)
@@ -257,6 +259,7 @@ class Trainer:
         that differ from what it was trained on.
         """
         step = self.mesh.together(self._newest)[0]
+        self.new = step is None
         if step is None:
             self._initialise()
             return RUNNING_START

@@ -164,7 +164,8 @@ class Pipeline:
         self.optimizer.grad.zero_()
         self.optimizer.fresh = False
         losses: list[Tensor] = []
-        self.schedule.step(*self._inputs(tokens), **self._targets(tokens, losses))
+        targets = self._targets(tokens, losses)
+        self.schedule.step(*self._inputs(tokens), **targets, return_outputs=False)
         self.optimizer.accumulate()
         return self._summed(losses)
 
