@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -271,9 +271,10 @@ def test_tensor_collectives_are_the_runtimes(
     def watch(kind: str, owner: object, name: str, whole: int) -> None:
         """whole: which argument has the size before scattering or after gathering."""
 
-        def call(*tensors: torch.Tensor, group: object) -> None:
+        def call(*tensors: torch.Tensor, group: object, async_op: bool = False) -> object:
             seen[kind, tensors[whole].numel() * tensors[whole].itemsize] += 1
             tensors[0].fill_(0.5)  # no other process says what it would be
+            return SimpleNamespace(wait=lambda: None)
 
         monkeypatch.setattr(owner, name, call)
 
