@@ -46,7 +46,8 @@ class StepGraph:
             return self._aside(self._tokens)
         if self._graph is None:
             self._graph = cuda.CUDAGraph()
-            with cuda.graph(self._graph):
+            # another thread may be saving a checkpoint, whose waits are none of this capture's
+            with cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._results = self._compute(self._tokens)
         self._graph.replay()
         assert self._results is not None

@@ -67,6 +67,8 @@ class Saver:
 
     def _attempt(self, *work: Any) -> None:
         try:
+            if self._mesh.device.type == "cuda":
+                torch.cuda.set_device(self._mesh.device)  # a thread begins on the first
             self._write(*work)
         except BaseException as error:
             self._failure = error

@@ -156,7 +156,7 @@ class Cuda:
         self.log.append("done")
 
     @contextmanager
-    def graph(self, graph: CUDAGraph) -> Iterator[None]:
+    def graph(self, graph: CUDAGraph, capture_error_mode: str) -> Iterator[None]:
         self.log.append("capture")
         graph.capture = Capture()
         with graph.capture:
