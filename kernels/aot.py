@@ -72,17 +72,8 @@ def compile_all(
     one in so many, the first included; a sample that crosses cases and architectures where `every`
     shares no factor with either. A row that failed has "error"; every row has "violations".
     """
-    architectures = tuple(architectures)
-    with ProcessPoolExecutor(workers, get_context("spawn"), _uninterpreted) as pool:
-        names = {module: pool.submit(_case_names, module) for module in modules}
-        jobs = [
-            Job(module, name, arch)
-            for module, listed in names.items()
-            for name, own in listed.result()
-            if only in f"{module.rpartition('.')[2]}: {name}"
-            for arch in architectures
-            if arch in own
-        ]
+    with compiling_processes(workers) as pool:
+        jobs = list_jobs(pool, modules, architectures, only)
         pending: dict[Future[dict[str, Any]], Job] = {
             pool.submit(_report, job): job for job in jobs[::every]
         }
@@ -91,6 +82,32 @@ def compile_all(
                 yield future.result()
             except BrokenProcessPool:
                 yield _failure(pending[future], "the compiling process died")
+
+
+def compiling_processes(workers: int) -> ProcessPoolExecutor:
+    """Processes that import the kernels uninterpreted."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), _uninterpreted)
+
+
+def list_jobs(
+    pool: ProcessPoolExecutor, modules: Iterable[str], architectures: Iterable[str], only: str = ""
+) -> list[Job]:
+    """Every compilation whose "module: case name" contains `only`; architecture runs fastest."""
+    architectures = tuple(architectures)
+    names = {module: pool.submit(_case_names, module) for module in modules}
+    return [
+        Job(module, name, arch)
+        for module, listed in names.items()
+        for name, own in listed.result()
+        if only in f"{module.rpartition('.')[2]}: {name}"
+        for arch in architectures
+        if arch in own
+    ]
+
+
+def case_of(job: Job) -> AotCase:
+    cases = importlib.import_module(job.module).aot_cases()
+    return next(c for c in cases if c.name == job.case and job.arch in c.architectures)
 
 
 def _uninterpreted() -> None:
@@ -110,8 +127,7 @@ def _case_names(module: str) -> list[tuple[str, tuple[str, ...]]]:
 
 def _report(job: Job) -> dict[str, Any]:
     try:
-        cases = importlib.import_module(job.module).aot_cases()
-        case = next(c for c in cases if c.name == job.case and job.arch in c.architectures)
+        case = case_of(job)
         row = _identity(job, case) | compile_case(case, job.arch)
     except Exception as error:  # a compiler's error is a row of the report
         message = (str(error).strip() or "no message").splitlines()[-1]
@@ -138,28 +154,45 @@ def _failure(job: Job, error: str) -> dict[str, Any]:
     return row | {"arch": job.arch, "error": error, "violations": [error]}
 
 
-def compile_case(case: AotCase, arch: str) -> dict[str, Any]:
-    """Compile for one architecture; registers, memory, accesses and the hot loop of the result."""
-    import triton
+def parameters(case: AotCase) -> dict[str, str]:
+    """Type by name of the arguments that are passed at a launch, in the kernel's order."""
+    signature = {name: case.signature[name] for name in case.kernel.arg_names}
+    return {name: kind for name, kind in signature.items() if kind != "constexpr"}
+
+
+def is_aligned(case: AotCase, name: str) -> bool:
+    """Whether a pointer's address, or an integer, is promised to be a multiple of 16."""
+    return case.signature[name].startswith(("*", "i")) and name not in case.not_aligned
+
+
+def compilation(case: AotCase, arch: str) -> dict[str, Any]:
+    """The arguments of triton.compile: source, target, options."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from .assembly import global_accesses, hot_loop_report, matrix_instruction, tcgen05_flops
-
     signature = {name: case.signature[name] for name in case.kernel.arg_names}  # in its order
-    parameters = [item for item in signature.items() if item[1] != "constexpr"]
-    pointers = {i: name for i, (name, kind) in enumerate(parameters) if kind.startswith("*")}
     aligned = {
         (position,): [["tt.divisibility", 16]]
-        for position, (name, kind) in enumerate(signature.items())
-        if kind.startswith(("*", "i")) and name not in case.not_aligned
+        for position, name in enumerate(signature)
+        if is_aligned(case, name)
     }
+    return {
+        "src": ASTSource(case.kernel, signature, case.constexprs, aligned),
+        "target": GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
+        "options": {"num_warps": case.num_warps, "num_stages": case.num_stages},
+    }
+
+
+def compile_case(case: AotCase, arch: str) -> dict[str, Any]:
+    """Compile for one architecture; registers, memory, accesses and the hot loop of the result."""
+    import triton
+
+    from .assembly import global_accesses, hot_loop_report, matrix_instruction, tcgen05_flops
+
     number = int(arch.removeprefix("sm_"))
-    compiled = triton.compile(
-        ASTSource(case.kernel, signature, case.constexprs, aligned),
-        target=GPUTarget("cuda", number, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
-    )
+    named = enumerate(parameters(case).items())
+    pointers = {i: name for i, (name, kind) in named if kind.startswith("*")}
+    compiled = triton.compile(**compilation(case, arch))
     ptx = compiled.asm["ptx"]
     sass = _tool("nvdisasm", "-c", "-ndf", cubin=compiled.asm["cubin"])
     usage = _tool("cuobjdump", "--dump-resource-usage", cubin=compiled.asm["cubin"]) or ""

@@ -1,0 +1,1 @@
+int pythia_no_cuda = 1;  // a library without a driver in it
