@@ -1,0 +1,38 @@
+"""check_symbols.py HEADER LIBRARY INDEX: what the header declares is what the library exports.
+
+No name is missing and none is beside them; nothing of CUDA is left to be linked; every case of the
+index has its function, and a member for each of its arguments.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+def symbols(library: str, which: str) -> set[str]:
+    done = subprocess.run(["nm", "-D", which, library], capture_output=True, text=True, check=True)
+    return {line.split()[-1].partition("@")[0] for line in done.stdout.splitlines()}
+
+
+header, library, index = sys.argv[1:]
+text = "".join(line for line in Path(header).open() if not line.startswith("#"))
+text = re.sub(r"\s+", " ", text)
+declared = set(re.findall(r"PYTHIA_KERNELS_API [\w *]*?(\w+)\(", text))
+exported = symbols(library, "--defined-only")
+assert declared == exported, sorted(declared ^ exported)[:9]
+undefined = symbols(library, "--undefined-only")
+assert not [s for s in undefined if re.match(r"cu[A-Z]", s)], undefined
+rows = json.loads(Path(index).read_text())
+for row in rows:
+    name = f"pythia_{row['name']}"
+    assert name in declared, name
+    body = re.search(rf"typedef struct {name}_args {{(.*?)}} {name}_args;", text)
+    assert body, name
+    members = re.findall(r"(\w+);", re.sub(r"/\*.*?\*/", "", body[1]))
+    arguments = [a["name"] for a in row["arguments"]]
+    assert members[: len(arguments)] == arguments, name
+print(f"{len(declared)} functions, {len(rows)} cases")

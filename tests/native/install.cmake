@@ -1,0 +1,11 @@
+# cmake -DBUILD= -DWORK= -DSOURCE= -P install.cmake: installs, builds the consumer, runs it.
+function(run)
+  execute_process(COMMAND ${ARGN} COMMAND_ERROR_IS_FATAL ANY)
+endfunction()
+file(REMOVE_RECURSE ${WORK})
+run(${CMAKE_COMMAND} --install ${BUILD} --prefix ${WORK}/prefix)
+run(${CMAKE_COMMAND} -S ${SOURCE} -B ${WORK}/build -DCMAKE_PREFIX_PATH=${WORK}/prefix)
+run(${CMAKE_COMMAND} --build ${WORK}/build)
+foreach(kind SHARED STATIC)
+  run(${CMAKE_COMMAND} -E env PYTHIA_KERNELS_LIBCUDA=/nowhere ${WORK}/build/consumer_${kind})
+endforeach()
