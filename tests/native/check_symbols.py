@@ -19,7 +19,8 @@ def symbols(library: str, which: str) -> set[str]:
 
 
 header, library, index = sys.argv[1:]
-text = "".join(line for line in Path(header).open() if not line.startswith("#"))
+lines = Path(header).read_text().splitlines()
+text = " ".join(line for line in lines if not line.startswith("#"))
 text = re.sub(r"\s+", " ", text)
 declared = set(re.findall(r"PYTHIA_KERNELS_API [\w *]*?(\w+)\(", text))
 exported = symbols(library, "--defined-only")
