@@ -12,7 +12,7 @@ RUN := runs/quickstart
 # transformers 4 beside 5: exported checkpoints must load in both
 T4 := $(VENV)/transformers-4
 
-.PHONY: train test test-parallel test-all lint aot bench clean
+.PHONY: train test test-parallel test-all lint aot library bench clean
 
 train: $(VENV)/.installed
 	$(BIN)/pythia-fast data quickstart --out data/quickstart
@@ -38,6 +38,20 @@ lint: $(VENV)/.installed-dev
 
 aot: $(VENV)/.installed-dev
 	$(BIN)/python -m pythia_fast.kernels.aot
+
+# libpythia_kernels for one GPU and one size, and its tests; `cmake -B build` is all of them
+CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
+LIBRARY := build/library
+library: $(VENV)/.installed-dev
+ifeq ($(shell command -v c++ g++ clang++),)
+	@echo "make library: skipped, there is no C++ compiler here"
+else
+	test -x $(CMAKE) || $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt cmake
+	$(CMAKE) -S . -B $(LIBRARY) -DPYTHIA_GPUS=sm_90 -DPYTHIA_SIZES=70m \
+	  -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(CMAKE) --build $(LIBRARY) --parallel 2
+	$(dir $(CMAKE))ctest --test-dir $(LIBRARY) --output-on-failure
+endif
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench.suite

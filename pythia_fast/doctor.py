@@ -24,7 +24,11 @@ def examine() -> list[dict[str, Any]]:
         _package("transformers", "tests, peers of the benchmarks: make .venv/.installed-dev"),
     ]
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    rows.append(_row("C++ compiler", bool(compiler), compiler or "none; pure Python is used"))
+    otherwise = "none; pure Python is used. For the kernel library: apt-get install g++"
+    rows.append(_row("C++ compiler", bool(compiler), compiler or otherwise))
+    cmake = shutil.which("cmake")
+    otherwise = "none. For the kernel library (docs/library.md): pip install cmake"
+    rows.append(_row("cmake", bool(cmake), cmake or otherwise))
     return rows
 
 

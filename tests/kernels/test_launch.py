@@ -9,8 +9,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
+import triton
 from kernel_proof import REPOSITORY
+
+from pythia_fast.kernels import grids
 
 SCRIPT = Path("tests/support/launch_without_gpu.py")
 LAUNCHED = (
@@ -46,11 +51,18 @@ def test_every_launched_kernel_compiles_by_the_jit() -> None:
     assert compiled == launched
 
 
-def test_reported_cases_are_the_launches() -> None:
-    """Constants, warps and stages of `aot_cases` are those that the launchers give to the JIT."""
+@pytest.fixture(scope="module")
+def recorded() -> list[dict[str, Any]]:
+    """Every launch at the sizes of the suite."""
     done = launch(REPOSITORY, "--record")
     assert done.returncode == 0, done.stderr
-    launched = {json.dumps(json.loads(line), sort_keys=True) for line in done.stdout.splitlines()}
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_reported_cases_are_the_launches(recorded: list[dict[str, Any]]) -> None:
+    """Constants, warps and stages of `aot_cases` are those that the launchers give to the JIT."""
+    what = ("kernel", "constexprs", "num_warps", "num_stages")
+    launched = {json.dumps({k: row[k] for k in what}, sort_keys=True) for row in recorded}
     reported = set()
     for name in LAUNCHED:
         for case in importlib.import_module(f"pythia_fast.kernels.{name}").aot_cases():
@@ -58,6 +70,26 @@ def test_reported_cases_are_the_launches() -> None:
             row |= {"num_warps": case.num_warps, "num_stages": case.num_stages}
             reported.add(json.dumps(row, sort_keys=True, default=str))
     assert reported == launched
+
+
+def test_grids_are_those_of_the_launchers(recorded: list[dict[str, Any]]) -> None:
+    """Formulas for callers without Python. Without a GPU launchers count 3 programs in all; what
+    only a grid has (a batch, a list's chunks) is solved for, axis by axis."""
+    assert {row["kernel"] for row in recorded} == set(grids.GRIDS)
+    compared = 0
+    for row in recorded:
+        formulas = grids.GRIDS[row["kernel"]]
+        assert len(formulas) == len(row["grid"])
+        known = row["constexprs"] | row["integers"] | {"SMS": 3, "PER_SM": 1}
+        for formula, axis in zip(formulas, row["grid"], strict=True):
+            unknown = [n for n in grids.names(formula) if n not in known]
+            if not unknown:
+                assert eval(formula, {"cdiv": triton.cdiv}, known) == axis, (row, formula)
+                compared += 1
+            for name in unknown:
+                one, two = (eval(formula, {"cdiv": triton.cdiv}, known | {name: n}) for n in (1, 2))
+                assert two == 2 * one and axis % one == 0, (row, formula)
+    assert compared > len(recorded) / 2
 
 
 def test_a_global_that_is_not_constant_is_refused(tmp_path: Path) -> None:

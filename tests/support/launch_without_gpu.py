@@ -6,7 +6,7 @@ What the interpreter and hand-written signatures skip happens here as on a GPU: 
 keyword, specialisation on 1 and on alignment, the check that globals are constant, compilation for
 sm_90. A driver that only names the target stands in for CUDA's. Prints a line a kernel; exit code 1
 when one is refused. --record compiles nothing and prints each launch at the sizes of the suite as a
-JSON line: kernel, constants, warps and stages.
+JSON line: kernel, constants, warps and stages, grid and integers.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def record(self: JITFunction, *, grid: Any, warmup: bool, **keywords: Any) -> No
     constexprs = {n: keywords[n] for n in self.arg_names if n in constant or keywords[n] is None}
     row = {"kernel": self.__name__, "constexprs": constexprs}
     row |= {"num_warps": keywords["num_warps"], "num_stages": keywords.get("num_stages", 3)}
+    integers = {n: v for n, v in keywords.items() if n in self.arg_names and type(v) is int}
+    row |= {"grid": grid, "integers": integers}
     print(json.dumps(row, default=str))
 
 
