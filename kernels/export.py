@@ -101,7 +101,8 @@ def _in_parallel(
             pool.shutdown(cancel_futures=True)
             job = pending[future]
             what = f"{job.module.rpartition('.')[2]}: {job.case}: {job.arch}"
-            raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error
+            said = (str(error).strip() or "no message").splitlines()[-1]
+            raise RuntimeError(f"{what}: {type(error).__name__}: {said}") from error
 
 
 def _export(job: aot.Job, directory: Path) -> dict[str, Any]:

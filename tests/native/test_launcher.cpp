@@ -222,7 +222,9 @@ void bad_arguments() {
                 CHECK(status == PYTHIA_OK || status == PYTHIA_BAD_ARGUMENT);
                 refused += status == PYTHIA_BAD_ARGUMENT;
                 fake::take_launches();
-                if (launched(std::int32_t{0}) == PYTHIA_OK) empty += fake::take_launches().empty();
+                const auto of_none = launched(std::int32_t{0});
+                CHECK(of_none == PYTHIA_OK || of_none == PYTHIA_BAD_ARGUMENT);
+                empty += of_none == PYTHIA_OK && fake::take_launches().empty();
                 launched(std::int32_t{2147483632});  // no grid of this may pass CUDA's limits
                 for (const auto &l : fake::take_launches()) CHECK(l.grid[1] < 65536 && l.grid[2] < 65536);
             } else if (a.type == PYTHIA_I64) {
