@@ -231,10 +231,14 @@ def of_tables(cos: Tensor | None, sin: Tensor | None) -> dict[str, Any]:
 @lru_cache
 def tile_on(device: torch.device, tiles: tuple[Tile, Tile]) -> Tile:
     """The first where a block may have 227 KB of shared memory, else the second."""
+    return tiles[0 if shared_memory(device) >= 227 * 1024 else 1]
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have."""
     if device.type != "cuda":
-        return tiles[0]
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return tiles[0 if shared >= 227 * 1024 else 1]
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def check_attention_qkv(qkv: Tensor) -> None:

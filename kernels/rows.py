@@ -69,9 +69,14 @@ def column_blocks(columns: int) -> tuple[int, ...]:
 @lru_cache
 def programs(device: torch.device, per_sm: int) -> int:
     """How many programs fill the device (three under the interpreter: enough to test strides)."""
+    return per_sm * multiprocessors(device) or 3
+
+
+def multiprocessors(device: torch.device) -> int:
+    """0 without a GPU."""
     if device.type != "cuda":
-        return 3
-    return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.constexpr_function

@@ -201,6 +201,18 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if all(row["ok"] for row in rows if row["required"]) else 1
 
 
+def _prebuild(options: argparse.Namespace) -> None:
+    from pythia_fast.config import load
+    from pythia_fast.prebuild import VARIABLE, prebuild
+
+    row = prebuild(load(options.config, options.overrides), options.gpu.upper(), options.out)
+    text = (
+        f"{row['compiled']} kernels compiled for {row['gpu']} in {row['seconds']:.0f} s,"
+        f" {row['kept']} were there; a run with {VARIABLE}={options.out} compiles none of them"
+    )
+    print_rows(options, [row], text)
+
+
 def _plan(options: argparse.Namespace) -> None:
     from pythia_fast import plan, recommend
     from pythia_fast.config import load
@@ -310,6 +322,13 @@ def _parser() -> argparse.ArgumentParser:
         "--timeline", type=Path, metavar="FILE.png",
         help="draw a step of the page's own layout under each pipeline schedule",
     )  # fmt: skip
+    prebuild = add_command(
+        commands, "prebuild", _prebuild, "compile a run's kernels ahead of it, without a GPU",
+        "pythia-fast prebuild configs/pythia-1b.toml --gpu H100 --out kernels-h100",
+        takes_config=True,
+    )  # fmt: skip
+    prebuild.add_argument("--gpu", required=True, help="H100, H200, A100 or B200")
+    prebuild.add_argument("--out", type=Path, required=True, help="directory, may hold other pages")
     bench = add_command(
         commands, "bench", _bench, "kernels and training beside their peers, in one run",
         "pythia-fast bench --minutes 9 --out runs/bench --only train",

@@ -82,7 +82,9 @@ def _triton(device: torch.device, deterministic: bool) -> Ops:
         layer_norm,
         parallel_residual,
     )
+    from pythia_fast.prebuilt import use_prebuilt
 
+    use_prebuilt()
     return Ops(
         name="triton",
         embedding=F.embedding,
