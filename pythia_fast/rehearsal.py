@@ -57,8 +57,8 @@ class Argument:
 def rehearse(config: Config) -> None:
     """Two microbatches, of which the first writes gradients and the second adds, and an update.
 
-    With held-out data also the loss of one microbatch without gradients. The process has kernels
-    that accept tensors without memory (`stand_in`) from here on.
+    Two also because every second row begins at an odd multiple of 8 bytes. With held-out data their
+    loss without gradients, too. Only where `stand_in` has made the kernels accept such tensors.
     """
     from pythia_fast import train
     from pythia_fast.lean import LeanAdamW
@@ -76,13 +76,14 @@ def rehearse(config: Config) -> None:
     trainer.optimizer = LeanAdamW(*of, seed=0) if lean else AdamW(*of)
     trainer.pipeline = None
     trainer._fuse()
-    rows = 2 * config.train.micro_batch_size * config.precision.ranks
-    shape = (min(rows, config.train.batch_size), config.data.seq_len + 1)
+    count = 2 * config.train.micro_batch_size * config.precision.ranks
+    shape = (min(count, config.train.batch_size), config.data.seq_len + 1)
     tokens = torch.empty(shape, dtype=torch.int64, device=META)
     trainer._on_device(tokens)
     if config.data.valid_prefix:
         with torch.no_grad():
-            trainer.model.loss(tokens[: config.train.micro_batch_size], 1.0)
+            for rows in tokens.split(config.train.micro_batch_size):
+                trainer.model.loss(rows, 1.0)
 
 
 def stand_in(chip: Chip) -> dict[str, set[str]]:

@@ -19,7 +19,8 @@ from pythia_fast.cli import main
 from pythia_fast.kernels import checks
 
 COMMANDS = ["train", "data build", "data quickstart", "data join", "data view", "data digest",
-            "data verify", "import", "export", "generate", "plan", "bench", "doctor"]  # fmt: skip
+            "data verify", "import", "export", "generate", "plan", "prebuild", "bench",
+            "doctor"]  # fmt: skip
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
