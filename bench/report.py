@@ -229,7 +229,8 @@ def _data(rows: Sequence[Row]) -> Iterator[str]:
         figure = f"{row['gbps']:.2f} GB/s ({row['ms_p50'] / 1e3:.2f} s for {row['gb']:.2f} GB)"
         table.append([f"{row['case']}: {row['part']}", figure])
     for row in _ok(rows, "startup"):
-        table.append([f"`{row['case']}`", f"{row['ms_p50'] / 1e3:.2f} s"])
+        what = f"{row['case']}: {row['part']}" if row["part"] else f"`{row['case']}`"
+        table.append([what, f"{row['ms_p50'] / 1e3:.2f} s"])
     if table:
         yield _table(["what", "measured"], table)
 

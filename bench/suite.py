@@ -98,7 +98,7 @@ def cpu_plan(small: bool = False) -> Planned:
 def _anywhere(small: bool = False) -> Planned:
     from bench import bench_checkpoint, bench_data, bench_resources, bench_startup
 
-    yield from _part("startup", bench_startup.cases())
+    yield from _part("startup", bench_startup.cases(small))
     *data, longest = bench_data.cases(small)
     yield from _part("data", data)
     yield from _part("checkpoint", bench_checkpoint.cases(small))

@@ -39,7 +39,7 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (path,) = out.glob("*.jsonl")
     rows = read(path)
     assert list(map(json.loads, printed.splitlines())) == rows
-    assert "[1/11]" in progress
+    assert "[1/12]" in progress
     measured = {row["bench"] for row in rows if row["status"] == "ok"}
     assert measured == {"train", "profile", "startup", "data", "checkpoint", "resources"}
     missing = {row["bench"] for row in rows if row["status"] == "not measured"}
