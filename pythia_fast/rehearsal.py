@@ -60,22 +60,15 @@ def rehearse(config: Config) -> None:
     Two also because every second row begins at an odd multiple of 8 bytes. With held-out data their
     loss without gradients, too. Only where `stand_in` has made the kernels accept such tensors.
     """
-    from pythia_fast import train
-    from pythia_fast.lean import LeanAdamW
-    from pythia_fast.model import Pythia
+    from pythia_fast.assemble import assemble
     from pythia_fast.ops import select
-    from pythia_fast.optim import AdamW
     from pythia_fast.parallel.mesh import Mesh
+    from pythia_fast.train import Trainer
 
-    trainer: Any = object.__new__(train.Trainer)  # without its data
+    trainer: Any = object.__new__(Trainer)  # without its data
     ops = select("triton", META, config.kernels.deterministic)
     trainer.config, trainer.device, trainer.mesh = config, META, Mesh.alone(META)
-    trainer.model = Pythia(config.model, ops)
-    of = (trainer.model, config.optimizer, config.precision, ops, META)
-    lean = config.optimizer.states == "lean"
-    trainer.optimizer = LeanAdamW(*of, seed=0) if lean else AdamW(*of)
-    trainer.pipeline = None
-    trainer._fuse()
+    trainer.model, trainer.optimizer, trainer.pipeline = assemble(config, trainer.mesh, ops)
     count = 2 * config.train.micro_batch_size * config.precision.ranks
     shape = (min(count, config.train.batch_size), config.data.seq_len + 1)
     tokens = torch.empty(shape, dtype=torch.int64, device=META)
