@@ -27,7 +27,8 @@ Backward, dy (M, h): every product's operands lie ready, the residual's gradient
 norms' kernel, and nothing is copied by autograd, which sees x and y alone. The weights' gradients
 are added in fp32 by the products themselves, in the optimizer's flat gradient; the first microbatch
 of a step overwrites. Σ_rows dy, the gradient of bo and of b2, is a by-product of the block above:
-its dx is this block's dy, and its norms' kernel sums dx before it is rounded.
+its dx is this block's dy, and its norms' kernel sums dx before it is rounded. Zero-bubble pipelines
+let the three products of the weights wait (`Block.waiting`), with their operands.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ class Block:
         self.eps, self.approximate = layer.input_layernorm.eps, layer.mlp.approximate
         self.below: Block | None = None  # whose y is x, and nothing else's
         self.is_top = True  # no block sums dy on its way
+        # where the backward's half for the weights waits; None: it runs with the other
+        self.waiting: list[Callable[[], None]] | None = None
 
     @property
     def inner(self) -> int:
@@ -211,9 +214,17 @@ def block_bwd(
     d_n1 = torch.mm(d_qkv, w.qkv).view(n1.shape)
 
     d_norms, finish = norms_bwd(x, dy, (d_n1, d_n2), block, mean, rstd, xhat)
-    accumulate(g.out, d_sum.t(), _rows(both), add)  # while processes add up what norms_bwd made
-    accumulate(g.mlp, du.t(), _rows(n2), add)
-    accumulate(g.qkv, d_qkv.t(), _rows(n1), add)
+
+    def weights() -> None:  # while processes add up what norms_bwd made
+        accumulate(g.out, d_sum.t(), _rows(both), add)
+        accumulate(g.mlp, du.t(), _rows(n2), add)
+        accumulate(g.qkv, d_qkv.t(), _rows(n1), add)
+        block.sums.finished([g.qkv, g.mlp, g.out])
+
+    if block.waiting is None:
+        weights()
+    else:
+        block.waiting.append(weights)
     dx, d_below = finish()
 
     totals = [g.norm1, g.norm1_bias, g.norm2, g.norm2_bias, g.qkv_bias, g.mlp_bias]
@@ -225,7 +236,7 @@ def block_bwd(
         totals += [block.below.grads.attention_out_bias, block.below.grads.mlp_out_bias]
         vectors += [d_below] * 2
     (torch._foreach_add_ if add else torch._foreach_copy_)(totals, vectors)
-    block.sums.finished([g.qkv, g.mlp, g.out, *totals])
+    block.sums.finished(totals)
     return dx
 
 

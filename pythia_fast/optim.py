@@ -224,28 +224,24 @@ class AdamW:
         else:
             flat.add_(at_hand(parameter.grad))
         parameter.grad = None
+        self.finished([flat])
 
     def finished(self, grads: Iterable[Tensor]) -> None:
         """These flat gradients have what this microbatch adds; of the last one they set off."""
         if self._reduction is not None and self.last:
             self._reduction.finished(grads)
 
-    def take_as_made(self) -> None:
-        """From now on each gradient goes to the flat one as soon as a backward pass has it."""
+    def _make_reduction(self) -> Reduction | None:
+        """The sum over data-parallel processes, for which gradients are taken as they are made."""
+        if self._copies is None:
+            return None
         for parameter, flat in self._parameters:
 
             @torch.no_grad()
             def take(p: nn.Parameter, flat: Tensor = flat) -> None:
                 self._take(p, flat)
-                self.finished([flat])
 
             parameter.register_post_accumulate_grad_hook(take)
-
-    def _make_reduction(self) -> Reduction | None:
-        """The sum over data-parallel processes, for which gradients are taken as they are made."""
-        if self._copies is None:
-            return None
-        self.take_as_made()
         total = self._own_grad if self._sum is None else self._sum
         views = [flat for _, flat in self._parameters]
         return Reduction(self.grad, total, self.own, views, self._copies)

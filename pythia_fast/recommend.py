@@ -2,8 +2,8 @@
 
 Searched are tensor degrees within a node, all pipeline degrees, every kind of sharding, microbatch
 sizes, 1f1b and interleaved. A key of [parallel] that the page sets otherwise than by default is
-kept, not searched. So come in the others: gpipe, never faster and keeping more, zero-bubble and
-sequence parallelism, which the fused blocks do not take yet.
+kept, not searched. So come in the others: gpipe, never faster and keeping more, zero-bubble, which
+keeps more than 1f1b, and sequence parallelism.
 """
 
 from __future__ import annotations

@@ -6,15 +6,16 @@ as fast as can be (`stages.py`). Schedules are those of torch.distributed.pipeli
 sends and receives; what is ours is the stage, where gradients go, and that losses add up.
 
 Every stage's gradients add up in the optimizer's flat buffer, microbatch by microbatch, as without
-a pipeline: the fused block's by itself, autograd's as each parameter's is complete. Zero-bubble
-schedules make weight gradients apart from the backward pass, which no hook sees and the fused block
-does not offer: there gradients add up in autograd, in fp32 compute alone.
+a pipeline (`Turn`), and those of data-parallel processes meet as the last microbatch has them. In
+zero-bubble schedules a backward has two halves: that of the inputs, which the stage before waits
+for, and that of the weights, which fills the gaps. torch finds the halves in autograd's graph; the
+fused blocks have theirs (`Block.waiting`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,11 +30,11 @@ from torch.distributed.pipelining.schedules import (
 
 from pythia_fast import plan, stages
 from pythia_fast.config import Config
-from pythia_fast.errors import InputError
 from pythia_fast.model import Pythia
 from pythia_fast.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
+    from pythia_fast.block import Block
     from pythia_fast.optim import AdamW
 
 SINGLE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -73,45 +74,81 @@ class Stage(nn.Module):
 
     def __init__(self, model: Pythia, layers: range, c: Config) -> None:
         super().__init__()
-        self.layers, self.seq_len = layers, c.data.seq_len
+        self.seq_len = c.data.seq_len
         self.first, self.last = layers.start == 0, layers.stop == c.model.layers
         self._model = [model]  # not a submodule: a process's stages share it
-        own = [model.gpt_neox.layers._modules[str(i)] for i in layers]
-        own += [model.gpt_neox.embed_in] if self.first else []
-        own += [model.gpt_neox.final_layer_norm, model.embed_out] if self.last else []
-        self.parts = nn.ModuleList(own)
+        held = list(model.gpt_neox.layers._modules)  # the process's, by number
+        self.own = [held.index(str(i)) for i in layers]
+        parts = [model.gpt_neox.layers._modules[str(i)] for i in layers]
+        parts += [model.gpt_neox.embed_in] if self.first else []
+        parts += [model.gpt_neox.final_layer_norm, model.embed_out] if self.last else []
+        self.parts = nn.ModuleList(parts)
 
     def forward(self, x: Tensor) -> Tensor:
         (model,) = self._model
-        device = x.device
+        blocks = model.blocks(self.seq_len, x.device)
         if self.first:
             x = model.embed(x)
-        blocks = dict(
-            zip(model.gpt_neox.layers._modules, model.blocks(self.seq_len, device), strict=True)
-        )
-        for i in self.layers:
-            x = blocks[str(i)](x)
+        for i in self.own:
+            x = blocks[i](x)
         return model.gpt_neox.final(x) if self.last else x
+
+    def blocks(self) -> list[Block]:
+        """The stage's fused blocks."""
+        fused = self._model[0].fused
+        assert fused is not None
+        return [fused.blocks[i] for i in self.own]
+
+
+class Turn(PipelineStage):
+    """A stage as torch's schedules call it: each call is a microbatch's turn.
+
+    Microbatches come in order, so the first overwrites the stage's flat gradients and the last
+    completes them; what autograd made joins them before the next turn.
+    """
+
+    def __init__(self, *of_torch: Any, optimizer: AdamW, microbatches: int, **named: Any) -> None:
+        super().__init__(*of_torch, **named)
+        self._optimizer, self._microbatches = optimizer, microbatches
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *rest: Any, **named: Any) -> Any:
+        self._begin(fwd_chunk_id)  # the fused head adds its gradient when it forms the loss
+        return super().forward_one_chunk(fwd_chunk_id, *rest, **named)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *rest: Any, **named: Any) -> None:
+        self._begin(bwd_chunk_id)
+        super().backward_one_chunk(bwd_chunk_id, *rest, **named)
+        self._optimizer.accumulate()
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *rest: Any, **named: Any) -> None:
+        self._begin(bwd_chunk_id)
+        super().backward_weight_one_chunk(bwd_chunk_id, *rest, **named)
+        self._optimizer.accumulate()
+
+    def _begin(self, microbatch: int) -> None:
+        self._optimizer.fresh = microbatch == 0
+        self._optimizer.last = microbatch == self._microbatches - 1
 
 
 class Pipeline:
     """This process's stages and the schedule that runs them."""
 
     def __init__(self, model: Pythia, optimizer: AdamW, c: Config, mesh: Mesh) -> None:
-        """Raises InputError where the schedule does not go with the rest of the page."""
         p, group = c.parallel, mesh.group("pipeline")
         assert group is not None
-        self.model, self.optimizer, self.mesh, self.c = model, optimizer, mesh, c
+        self.model, self.mesh, self.c = model, mesh, c
+        self.dtype = optimizer.weight.dtype
         every = layers_of_stages(c)
         self.stages = [Stage(model, layers, c) for layers in every[mesh.stage :: p.pipeline]]
         self.first, self.last = self.stages[0].first, self.stages[-1].last
         self.microbatches = c.train.batch_size // (c.train.micro_batch_size * mesh.degrees.data)
-        self._check()
         self._scale = 1.0  # of each microbatch's loss
-        held: list[Any] = [
-            PipelineStage(
+        apart = p.schedule == "zero-bubble" and model.fused is not None
+        turns: list[Any] = [
+            Turn(
                 s, mesh.stage + i * p.pipeline, len(every), mesh.device, *self._shapes(s),
-                group=group,
+                group=group, dw_builder=weights_apart(s.blocks()) if apart else None,
+                optimizer=optimizer, microbatches=self.microbatches,
             )
             for i, s in enumerate(self.stages)
         ]  # fmt: skip
@@ -119,29 +156,9 @@ class Pipeline:
         if p.schedule in SINGLE:  # torch's 1F1B asks for as many microbatches as stages
             few = self.microbatches < p.pipeline
             schedule = ScheduleGPipe if few else SINGLE[p.schedule]
-            self.schedule: Any = schedule(held[0], self.microbatches, **options)
+            self.schedule: Any = schedule(turns[0], self.microbatches, **options)
         else:
-            self.schedule = SEVERAL[p.schedule](held, self.microbatches, **options)
-        if p.schedule != "zero-bubble" and mesh.group("data") is None:  # which takes them already
-            optimizer.take_as_made()
-        if p.schedule == "zero-bubble":
-            _own_gradients(s.parts for s in self.stages)
-
-    def _check(self) -> None:
-        """What zero-bubble does not go with here, though its schedule would."""
-        compute = self.c.precision.compute
-        if self.c.parallel.schedule != "zero-bubble":
-            return
-        if compute != "fp32":
-            raise InputError(
-                "parallel.schedule = 'zero-bubble' adds up gradients in the compute dtype, and "
-                f"precision.compute = {compute!r} would round them: 'fp32'"
-            )
-        if self.model.fused is not None:
-            raise InputError(
-                "parallel.schedule = 'zero-bubble' needs a backward whose half for the weights is "
-                "apart, which the fused block has not: kernels.backend = 'reference', or '1f1b'"
-            )
+            self.schedule = SEVERAL[p.schedule](turns, self.microbatches, **options)
 
     def _shapes(self, stage: Stage) -> tuple[Tensor, Tensor]:
         """A microbatch before and after a stage, on the meta device.
@@ -161,12 +178,9 @@ class Pipeline:
         Only the first and the last stage read tokens. The loss is on every process of the pipeline.
         """
         self._scale = scale
-        self.optimizer.grad.zero_()
-        self.optimizer.fresh = False
         losses: list[Tensor] = []
-        targets = self._targets(tokens, losses)
-        self.schedule.step(*self._inputs(tokens), **targets, return_outputs=False)
-        self.optimizer.accumulate()
+        inputs, targets = self._inputs(tokens), self._targets(tokens, losses)
+        self.schedule.step(*inputs, **targets, return_outputs=False)
         return self._summed(losses)
 
     @torch.no_grad()
@@ -192,7 +206,7 @@ class Pipeline:
         """What passes between stages: (rows, T or T/P, h)."""
         c, split = self.c, self.mesh.degrees.tensor if self.c.parallel.sequence else 1
         shape = (rows, c.data.seq_len // split, c.model.hidden)
-        return torch.empty(shape, dtype=self.optimizer.weight.dtype, device=device)
+        return torch.empty(shape, dtype=self.dtype, device=device)
 
     def _inputs(self, tokens: Tensor) -> list[Tensor]:
         return [tokens[:, :-1].contiguous()] if self.first else []
@@ -210,11 +224,22 @@ class Pipeline:
         return self.mesh.sum_(total, "pipeline")
 
 
-def _own_gradients(modules: Iterable[nn.Module]) -> None:
-    """Gives each vector a gradient of its own memory.
+def weights_apart(blocks: Iterable[Block]) -> Callable[[], Callable[[], None]]:
+    """Lets the weights' halves of these blocks wait.
 
-    torch's half for the weights keeps what autograd returns as `.grad` and adds to it in place, but
-    both gradients of b1 + b2 are one tensor. A matrix' is the result of a product of its own.
+    Returns what torch calls after a backward, for a call that runs the halves that now wait.
     """
-    for parameter in (p for module in modules for p in module.parameters() if p.dim() == 1):
-        parameter.register_hook(torch.clone)
+    waiting: list[Callable[[], None]] = []
+    for block in blocks:
+        block.waiting = waiting
+
+    def taken() -> Callable[[], None]:
+        halves, waiting[:] = waiting[:], []
+
+        def run() -> None:
+            for half in halves:
+                half()
+
+        return run
+
+    return taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from pythia_fast import block, train
 from pythia_fast.config import Config
 from pythia_fast.optim import AdamW
 from pythia_fast.parallel import pipeline, tensor
-from pythia_fast.parallel.pipeline import Pipeline, Stage
+from pythia_fast.parallel.pipeline import Pipeline, Stage, Turn
 from pythia_fast.pieces import Pieces
 
 
@@ -57,10 +58,31 @@ def _divided(self: Pipeline, tokens: Tensor, scale: float) -> Tensor:
 def _one_too_many(self: Stage, model: Any, layers: range, c: Config) -> None:
     _stage(self, model, layers, c)
     if self.last:
-        self.layers = range(layers.start + 1, layers.stop)
+        del self.own[0]
+
+
+def _adds_to_the_step_before(self: Turn, microbatch: int) -> None:
+    _begin(self, microbatch)
+    self._optimizer.fresh = False
+
+
+def _sums_set_off_early(self: Turn, microbatch: int) -> None:
+    _begin(self, microbatch)
+    self._optimizer.last = microbatch == self._microbatches - 2
+
+
+def _adds_in_autograd(self: AdamW) -> None:
+    if self.last:
+        _accumulate(self)
+
+
+def _second_half_lost(blocks: Any) -> Any:
+    taken, turns = _weights_apart(blocks), itertools.count()
+    return lambda: (taken(), lambda: None)[next(turns) == 1]
 
 
 _summed, _step, _stage = Pipeline._summed, Pipeline.step, Stage.__init__
+_begin, _accumulate, _weights_apart = Turn._begin, AdamW.accumulate, pipeline.weights_apart
 _grad_norm, _pieces, _block_fwd = AdamW._grad_norm, AdamW._pieces, block.block_fwd
 
 FAULTS = {
@@ -71,7 +93,10 @@ FAULTS = {
     "the loss of a microbatch is lost": (Pipeline, "_summed", _without_the_last),
     "gradients divided by the microbatches": (Pipeline, "step", _divided),
     "a layer left out": (Stage, "__init__", _one_too_many),
-    "one gradient of two biases": (pipeline, "_own_gradients", lambda modules: None),
+    "a step adds to the one before": (Turn, "_begin", _adds_to_the_step_before),
+    "data-parallel sums set off a microbatch early": (Turn, "_begin", _sums_set_off_early),
+    "microbatches add up in autograd": (AdamW, "accumulate", _adds_in_autograd),
+    "the weights' half of a microbatch is lost": (pipeline, "weights_apart", _second_half_lost),
     "boxes of the other process": (AdamW, "_pieces", _shifted),
 }  # fmt: skip
 
