@@ -239,6 +239,17 @@ def test_recipes_of_the_original_in_a_pipeline(
         assert process["valid"] == pytest.approx(one["valid"], rel=LOSS)
 
 
+@pytest.mark.parallel
+def test_halves_of_kernels_that_are_not_fused(ranks: Ranks, page: str) -> None:
+    """torch runs a norm's backward once for each half: it may consume nothing."""
+    flags = [*SMALL, *FP16, "--precision.gradients", "fp16", "--kernels.backend", "triton"]
+    flags += ["--model.hidden", "128", "--model.layers", "2", "--train.batch_size", "2"]
+    one = ranks.call(1, follow, page, flags, 1)[0]
+    found = ranks.call(2, follow, page, [*flags, *pipe(2, "zero-bubble")], 1)
+    assert not any(process["fused"] for process in found)
+    check(found, one)
+
+
 FUSED = """--kernels.backend triton --model.hidden 128 --model.layers 4 --train.batch_size 2
 """.split()
 
