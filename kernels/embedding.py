@@ -8,6 +8,9 @@ to its row of `grad`, which no other program touches; a run of equal ids that re
 goes to `partials` instead, and a second launch adds its parts in order. So the sum is the same
 every time, and an id that thousands of positions share (a space, a comma) is read by many programs.
 
+Where vocabulary-parallel processes have V rows each, an id of V names a row that is elsewhere: such
+positions come last in the order, and of their dy no more is read than the chunk they begin in.
+
 Nothing is saved. Bytes, for e bytes an element of dy: M·h·e read, and 8·h a different id (fp32);
 24·M for the order; where it is not to be added to, `grad` is cleared first, 4·V·h. The dense
 gradient that autograd makes instead is V·h·e written twice and read once beside 8·V·h to add it.
@@ -45,6 +48,7 @@ def _embedding_chunks_kernel(
     order,  # (M,) int64, the position of each
     partials,  # (chunks, 2, h) fp32: of a run that began before the chunk, and of one that goes on
     M,
+    V,  # a position whose id is not below V is passed over
     stride,
     H: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -52,11 +56,11 @@ def _embedding_chunks_kernel(
 ):
     i_chunk = tl.program_id(0).to(tl.int64)
     i_start = i_chunk * CHUNK
-    count = tl.minimum(M - i_start, CHUNK).to(tl.int32)
     ids += i_start
     order += i_start
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     i_id = tl.load(ids).to(tl.int32)
+    count = tl.where(i_id < V, tl.minimum(M - i_start, CHUNK).to(tl.int32), 0)
     # begins in this chunk
     whole = tl.load(ids - 1, mask=i_start > 0, other=-1).to(tl.int32) != i_id
     b_sum = tl.zeros((BLOCK,), tl.float32)
@@ -65,9 +69,9 @@ def _embedding_chunks_kernel(
         b_sum += tl.load(dy + i_row * stride + o).to(tl.float32)
         i_next = tl.load(ids + i + 1, mask=i_start + i + 1 < M, other=-1).to(tl.int32)
         if i_next != i_id:
-            if whole:
+            if whole & (i_id < V):
                 _add(grad + i_id.to(tl.int64) * H + o, b_sum)
-            else:
+            elif i_id < V:
                 tl.store(partials + 2 * i_chunk * H + o, b_sum)
             b_sum = tl.zeros((BLOCK,), tl.float32)
             whole = True
@@ -82,6 +86,7 @@ def _embedding_runs_kernel(
     ids,  # (M,) int64, ascending
     partials,  # (chunks, 2, h) fp32
     M,
+    V,
     H: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -91,7 +96,7 @@ def _embedding_runs_kernel(
     i_start, i_after = i_chunk * CHUNK, (i_chunk + 1) * CHUNK
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     i_id = tl.load(ids + i_after - 1, mask=i_after < M, other=-1)
-    goes_on = tl.load(ids + i_after, mask=i_after < M, other=-2) == i_id
+    goes_on = (tl.load(ids + i_after, mask=i_after < M, other=-2) == i_id) & (i_id < V)
     i_before = tl.load(ids + i_start - 1, mask=i_start > 0, other=-2)  # ascending: of all before
     if goes_on & (i_before != i_id):
         i_last = i_chunk
@@ -108,8 +113,9 @@ def _embedding_runs_kernel(
 def embedding_grad_(grad: Tensor, dy: Tensor, ids: Tensor, add: bool = True) -> None:
     """The gradient of an embedding's weight, into grad: grad[i] += Σ dy over the positions of id i.
 
-    grad (V, h) contiguous, fp32, bf16 or fp16; dy (..., h) floating; ids (...) int64 in [0, V), a
-    position each. add: to what grad holds, else in its place. Sums in fp32. Deterministic.
+    grad (V, h) contiguous, fp32, bf16 or fp16; dy (..., h) floating; ids (...) int64 in [0, V], a
+    position each, V of a row that is elsewhere. add: to what grad holds, else in its place. Sums in
+    fp32. Deterministic.
     """
     check(grad, "grad", dtypes=FLOATING, rank=2)
     if not grad.is_contiguous():
@@ -133,10 +139,13 @@ def embedding_grad_(grad: Tensor, dy: Tensor, ids: Tensor, add: bool = True) -> 
         order=order,
         partials=partials,
         M=count,
+        V=len(grad),
         stride=rows.stride(0),
         **tiles,
     )
-    _embedding_runs_kernel[grid](grad=grad, ids=sorted_ids, partials=partials, M=count, **tiles)
+    _embedding_runs_kernel[grid](
+        grad=grad, ids=sorted_ids, partials=partials, M=count, V=len(grad), **tiles
+    )
 
 
 def _block(h: int) -> int:
@@ -158,7 +167,8 @@ def aot_cases() -> Iterator[AotCase]:
         for dtype in ("bf16", "fp16"):
             for grad in ("fp32", dtype):
                 wide = ("dy", "partials", *(["grad"] if grad == "fp32" or h > 128 else []))
-                common = {"grad": f"*{grad}", "ids": "*i64", "partials": "*fp32", "M": "i32"}
+                common = {"grad": f"*{grad}", "ids": "*i64", "partials": "*fp32"}
+                common |= {"M": "i32", "V": "i32"}
                 walk = common | {"dy": f"*{dtype}", "order": "*i64", "stride": "i32"}
                 yield AotCase(
                     name=f"{size} chunks {dtype} into {grad}",
@@ -167,7 +177,7 @@ def aot_cases() -> Iterator[AotCase]:
                     constexprs=dict(tiles),
                     num_warps=warps,
                     wide=tuple(n for n in wide if h > 128 or n != "dy"),
-                    not_aligned=("M",),
+                    not_aligned=("M", "V"),
                 )
                 yield AotCase(
                     name=f"{size} runs {dtype} into {grad}",
@@ -176,5 +186,5 @@ def aot_cases() -> Iterator[AotCase]:
                     constexprs=dict(tiles),
                     num_warps=warps,
                     wide=tuple(n for n in wide if n != "dy"),
-                    not_aligned=("M",),
+                    not_aligned=("M", "V"),
                 )

@@ -265,13 +265,14 @@ def linear_cross_entropy(
 def embedding_grad_(grad: Tensor, dy: Tensor, ids: Tensor, add: bool = True) -> None:
     """The gradient of an embedding's weight, into grad: grad[i] += Σ dy over the positions of id i.
 
-    grad (V, h) contiguous, fp32, bf16 or fp16; dy (..., h) floating; ids (...) int64 in [0, V), a
-    position each. add: to what grad holds, else in its place. Sums in fp32. Deterministic.
+    grad (V, h) contiguous, fp32, bf16 or fp16; dy (..., h) floating; ids (...) int64 in [0, V], a
+    position each, V of a row that is elsewhere. add: to what grad holds, else in its place. Sums in
+    fp32. Deterministic.
     """
     wide = torch.promote_types(dy.dtype, torch.float32)
-    total = grad.to(wide) if add else torch.zeros_like(grad, dtype=wide)
+    total = F.pad(grad.to(wide) if add else torch.zeros_like(grad, dtype=wide), (0, 0, 0, 1))
     rows = dy.reshape(-1, dy.shape[-1]).to(wide)
-    grad.copy_(total.index_put((ids.reshape(-1),), rows, accumulate=True))
+    grad.copy_(total.index_put((ids.reshape(-1),), rows, accumulate=True)[:-1])
 
 
 # --- optimizer ------------------------------------------------------------------------------------

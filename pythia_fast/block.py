@@ -289,19 +289,17 @@ class EmbeddingFunction(torch.autograd.Function):
         if fused.parts is None:
             ctx.save_for_backward(tokens)
             return F.embedding(tokens, weight)
-        ids, here = local_ids(tokens, weight.shape[0], fused.parts)
-        ctx.save_for_backward(ids, here)
+        ids, here = local_ids(tokens, len(weight), fused.parts)
+        ctx.save_for_backward(ids.where(here, len(weight)))
         x = F.embedding(ids, weight).where(here[..., None], 0)
         return summed(x, fused.parts, fused.sequence)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dx: Tensor) -> tuple[None, None, None]:
-        (ids, *rest), fused = ctx.saved_tensors, ctx.fused
+        (ids,), fused = ctx.saved_tensors, ctx.fused
         if fused.sequence:
             dx = gathered(dx, fused.parts)
-        for here in rest:
-            dx = dx.where(here[..., None], 0)
         embedding_grad_(fused.embedding_grad, dx, ids, not fused.sums.fresh)
         fused.sums.finished([fused.embedding_grad])
         return None, None, None

@@ -41,6 +41,10 @@ class Pieces:
         """Bytes that this process saves."""
         return sum(box.nbytes for _, box in self.boxes) if self.writes else 0
 
+    @property
+    def is_cuda(self) -> bool:
+        return any(box.is_cuda for _, box in self.boxes)
+
     def at(self, offsets: Sequence[int] | None) -> Tensor:
         """The box at these offsets."""
         wanted = torch.Size(offsets or ())

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,7 +95,7 @@ class Stage:
     """A copy of a state on the host, in one buffer that is made at the first and kept."""
 
     def __init__(self) -> None:
-        self._buffer: Tensor | None = None
+        self._buffer: np.ndarray | None = None
         self._used = 0
 
     def copy(self, state: State) -> dict[str, Tensor | Pieces]:
@@ -102,13 +104,12 @@ class Stage:
         Of pieces only what this process saves. Returns when a GPU has delivered.
         """
         boxes = [box for held in state.values() for box in _boxes(held)]
+        on_gpu = any(box.is_cuda for box in boxes)
         if self._buffer is None:
-            size = sum(_room(box) for box in boxes)
-            pinned = any(box.is_cuda for box in boxes)
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            self._buffer = host_memory(sum(_room(box) for box in boxes), pinned=on_gpu)
         self._used = 0
         copied = {name: self._copied(held) for name, held in state.items()}
-        if any(box.is_cuda for box in boxes):
+        if on_gpu:
             torch.cuda.current_stream().synchronize()
         return copied
 
@@ -119,12 +120,25 @@ class Stage:
         return Pieces(held.shape, held.dtype, held.writes, boxes)
 
     def _put(self, box: Tensor) -> Tensor:
-        assert self._buffer is not None
-        place = self._buffer[self._used : self._used + box.nbytes]
-        self._used += _room(box)
-        copy = place.view(box.dtype).view(box.shape)
+        """A tensor whose storage is the box alone: DCP clones what is a part of a larger one."""
+        copy, count = torch.empty(0, dtype=box.dtype), box.numel()
+        if count:
+            copy = torch.frombuffer(self._buffer, dtype=box.dtype, count=count, offset=self._used)
+        copy = copy.view(box.shape)
         copy.copy_(box, non_blocking=True)
+        self._used += _room(box)
         return copy
+
+
+def host_memory(size: int, pinned: bool) -> np.ndarray:
+    """uint8 (size,), of no larger an allocation: torch rounds pinned memory to a power of two."""
+    memory = np.empty(size, np.uint8)
+    if pinned:
+        runtime: Any = torch.cuda.cudart()
+        portable = 1  # cudaHostRegisterPortable: in every context
+        torch.cuda.check_error(runtime.cudaHostRegister(memory.ctypes.data, size, portable))
+        weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data)
+    return memory
 
 
 def _boxes(held: Tensor | Pieces) -> list[Tensor]:

@@ -113,6 +113,46 @@ def one_save_at_a_time(module: ModuleType, run: Path, monkeypatch: pytest.Monkey
     )
 
 
+def test_a_box_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DCP clones a tensor of a larger storage, which is what the boxes of a state are."""
+    cloned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "clone", lambda self, **_: cloned.append(self) or self.detach())
+    with saving.Saver(tmp_path / "beside", ALONE, keep=9, background=True) as saver:
+        saver.save(1, state(1), {}, permanent=True)
+    assert not cloned
+    with saving.Saver(tmp_path / "not", ALONE, keep=9, background=False) as saver:
+        saver.save(1, state(1), {}, permanent=True)
+    assert len(cloned) == 2  # both columns
+
+
+def test_pinned_memory_is_registered_to_the_byte_while_it_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registered: dict[int, int] = {}
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            assert flags == 1
+            registered[address] = size
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> None:
+            registered.pop(address)
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", [None].__getitem__)  # 0 alone is no error
+    memory = saving.host_memory(1000, pinned=True)
+    assert registered == {memory.ctypes.data: 1000}
+    tensor = torch.frombuffer(memory, dtype=torch.float32, count=3, offset=64)
+    address = tensor.data_ptr()
+    del memory
+    assert registered == {address - 64: 1000}
+    del tensor
+    assert not registered
+    saving.host_memory(1000, pinned=False)
+    assert not registered
+
+
 def test_one_buffer_is_reused_and_pieces_that_others_save_take_none_of_it() -> None:
     mine, theirs = torch.randn(4, 3), torch.randn(5)
     whole = torch.Size([8, 3])
