@@ -16,6 +16,7 @@ from pythia_fast.parallel.data import shard_fully
 from pythia_fast.parallel.mesh import Mesh
 from pythia_fast.parallel.pipeline import Pipeline, keep_own
 from pythia_fast.parallel.tensor import localise, tensor_ops
+from pythia_fast.progress import say
 
 
 def assemble(c: Config, mesh: Mesh, ops: Ops) -> tuple[Pythia, AdamW, Pipeline | None]:
@@ -33,8 +34,12 @@ def assemble(c: Config, mesh: Mesh, ops: Ops) -> tuple[Pythia, AdamW, Pipeline |
     of = (model, c.optimizer, c.precision, ops, mesh.device, mesh, c.parallel)
     lean = c.optimizer.states == "lean"
     optimizer = LeanAdamW(*of, seed=c.train.seed) if lean else AdamW(*of)
+    if optimizer.arrival is not None:
+        model.before = optimizer.arrival.before
     if not full:
         fuse(model, optimizer, c, mesh)
+    elif ops.name == "triton" and mesh.main:
+        say("parallel.shard = 'full': layers run op by op, their fused form wants flat gradients")
     return model, optimizer, None if stages is None else Pipeline(model, optimizer, c, mesh)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -216,19 +217,25 @@ def _prebuild(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from pythia_fast import plan, recommend
     from pythia_fast.config import load
+    from pythia_fast.parallel.degrees import degrees
 
     config, gpu = load(options.config, options.overrides), options.gpu.upper()
     network = options.network and options.network.upper()
-    if options.gpus == 1:
+    p = config.parallel
+    gpus = options.gpus
+    if gpus is None:
+        gpus = math.prod(max(degree, 1) for degree in (p.data, p.tensor, p.pipeline))
+    if gpus == 1:
+        degrees(config, 1)
         rows = [plan.plan(config, gpu)]
         text = plan.describe(rows[0])
     else:
-        rows = recommend.rows(config, options.gpus, gpu, network)
+        rows = recommend.rows(config, gpus, gpu, network)
         text = recommend.describe(rows)
     if options.timeline:
         from pythia_fast.report import timeline
 
-        timeline.save(timeline.data(config, options.gpus, gpu, network), options.timeline)
+        timeline.save(timeline.data(config, gpus, gpu, network), options.timeline)
     print_rows(options, rows, text)
 
 
@@ -312,9 +319,9 @@ def _parser() -> argparse.ArgumentParser:
         takes_config=True,
     )  # fmt: skip
     plan.add_argument(
-        "--gpus", type=int, default=1,
-        help="1 (default) to 1024: layouts, the recommended one first; keys of [parallel] that "
-        "the page sets are kept",
+        "--gpus", type=int,
+        help="1 to 1024: layouts, the recommended one first; keys of [parallel] that the page sets "
+        "are kept (default: as many as those name)",
     )  # fmt: skip
     plan.add_argument("--gpu", default="H200", help="H200 (default), H100, A100 or A100-40GB")
     plan.add_argument("--network", help="between nodes: NDR (default; for A100 HDR) or HDR")

@@ -105,14 +105,20 @@ class Pythia(nn.Module):
             self.embed_out = nn.Linear(c.hidden, c.vocab_size, bias=False)
         self._tables: tuple[Tensor, Tensor] | None = None
         self.fused: Fused | None = None  # takes the place of embedding, layers, head
+        # called with embedding, layer or head before it runs: its weights may be on their way, and
+        # with a layer's arrive those of the final norm
+        self.before: Callable[[nn.Module], None] = lambda module: None
 
     def forward(self, tokens: Tensor, attend: list[Attend] | None = None) -> Tensor:
         """attend: one callable a layer in place of causal attention (generation has a cache)."""
         blocks = self.blocks(tokens.shape[1], tokens.device, attend)
-        return self.embed_out(self.gpt_neox(self.embed(tokens), blocks))
+        x = self.gpt_neox(self.embed(tokens), blocks)
+        self.before(self.embed_out)
+        return self.embed_out(x)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """x (B, T, h) of tokens (B, T)."""
+        self.before(self.gpt_neox.embed_in)
         if self.fused is not None:
             return self.fused.embed(tokens)
         return self.ops.embedding(tokens, self.gpt_neox.embed_in.weight)
@@ -121,13 +127,22 @@ class Pythia(nn.Module):
         self, length: int, device: torch.device, attend: list[Attend] | None = None
     ) -> list[Callable[[Tensor], Tensor]]:
         """x -> y of each layer for T = length: on its own ops, or as one fused function."""
-        layers = self.gpt_neox.layers
+        layers = list(self.gpt_neox.layers)
+        runs: list[Callable[[Tensor], Tensor]]
         if attend is not None:
-            return [partial(y, attend=a) for y, a in zip(layers, attend, strict=True)]
-        cos, sin = self.rotary_tables(length, device)
-        if self.fused is not None:
-            return [partial(block, cos=cos, sin=sin) for block in self.fused.blocks]
-        return [partial(y, attend=lambda qkv: self.ops.attention(qkv, cos, sin)) for y in layers]
+            runs = [partial(y, attend=a) for y, a in zip(layers, attend, strict=True)]
+        else:
+            cos, sin = self.rotary_tables(length, device)
+            runs = [
+                partial(y, attend=lambda qkv: self.ops.attention(qkv, cos, sin)) for y in layers
+            ]
+            if self.fused is not None:
+                runs = [partial(block, cos=cos, sin=sin) for block in self.fused.blocks]
+        return [partial(self._run, *both) for both in zip(layers, runs, strict=True)]
+
+    def _run(self, layer: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        self.before(layer)
+        return run(x)
 
     def loss(self, rows: Tensor, scale: float | None = None) -> Tensor:
         """Next-token loss of rows (B, T + 1) int64: scale·Σ, or the mean where scale is None."""
@@ -137,6 +152,7 @@ class Pythia(nn.Module):
 
     def head_loss(self, x: Tensor, targets: Tensor, scale: float | None) -> Tensor:
         """`loss` from the normalised x (M, h); targets (M,)."""
+        self.before(self.embed_out)
         if self.fused is not None:
             return self.fused.loss(x, targets, scale)
         return self.ops.cross_entropy(self.embed_out(x), targets, scale)

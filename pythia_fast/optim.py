@@ -23,7 +23,7 @@ from pythia_fast.config import Parallel, Precision
 from pythia_fast.flat import lay_out
 from pythia_fast.loss_scale import LossScale
 from pythia_fast.ops import Ops
-from pythia_fast.parallel.data import Ownership, Reduction, at_hand, in_place_of
+from pythia_fast.parallel.data import Arrival, Ownership, Reduction, at_hand, in_place_of
 from pythia_fast.parallel.mesh import Mesh
 from pythia_fast.parallel.tensor import split_dim
 from pythia_fast.pieces import Pieces, boxes_of
@@ -95,6 +95,10 @@ class AdamW:
         # learning rate, t, learning rate of the row biases
         self._scalars = torch.zeros(3, dtype=torch.float32, device=device)
         self._parameters = self._bind(model)
+        self.arrival = None  # of what other processes have updated
+        if self._sharded:
+            assert self._copies is not None
+            self.arrival = Arrival(self.weight, self.own, model, self._copies)
         self.fresh = self._first_rank = True  # the next gradient overwrites instead of adding
         self.last = False  # the gradients of this microbatch are the last of the step
         self._reduction = self._make_reduction()
@@ -149,7 +153,12 @@ class AdamW:
         return theirs
 
     def state(self) -> dict[str, Tensor | Pieces]:
-        """What a checkpoint holds: `model.`, `exp_avg.`, `exp_avg_sq.` + name, fp32 views."""
+        """What a checkpoint holds: `model.`, `exp_avg.`, `exp_avg_sq.` + name, fp32 views.
+
+        Nothing is under way between processes after it, which is how a run ends.
+        """
+        if self.arrival is not None:
+            self.arrival.finish()
         buffers = {"model": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         alone = self.mesh.degrees.world == 1
         return {
@@ -187,13 +196,12 @@ class AdamW:
             self.own.take(self.master, self.weight)
         elif self._own_weight is not None:
             self._own_weight.copy_(self.master)
-        if not from_model and self._sharded:
-            self._gather_weights()
+        if not from_model:
+            self._share_weights()
 
-    def _gather_weights(self) -> None:
-        own = self.master if self._own_weight is None else self._own_weight
-        assert self._copies is not None
-        self.own.gather(self.weight, own, self._copies)
+    def _share_weights(self) -> None:
+        if self.arrival is not None:
+            self.arrival.start(self.master if self._own_weight is None else self._own_weight)
 
     # --- a step ---
 
@@ -340,6 +348,8 @@ class AdamW:
         the scale of a parameter, and biases do not decay: exactly p·lr for the sum.
         """
         c = self.config
+        if self.arrival is not None:
+            self.arrival.finish()  # all modules have run; what it reads is written now
         if self._torch is not None:
             # the fused kernel divides gradients by grad_scale on the way (GradScaler's interface)
             self._torch.grad_scale = grad_scale.reciprocal()  # type: ignore[attr-defined]
@@ -357,8 +367,7 @@ class AdamW:
                 grad_scale=grad_scale.view(1),
                 betas=c.betas, eps=c.eps, weight_decay=c.weight_decay,
             )  # fmt: skip
-        if self._sharded:
-            self._gather_weights()
+        self._share_weights()
 
     @property
     def on_kernels(self) -> bool:

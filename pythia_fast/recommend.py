@@ -43,11 +43,10 @@ def candidates(c: Config, gpus: int) -> Iterator[Layout]:
     for tensor, pipeline in product(
         options("tensor", within_node), options("pipeline", tuple(divisors))
     ):
-        if gpus % (tensor * pipeline) or p.data not in (-1, gpus // (tensor * pipeline)):
+        inner = max(tensor, 0) * max(pipeline, 0)
+        if inner == 0 or gpus % inner or p.data not in (-1, gpus // inner):
             continue
-        data = gpus // (tensor * pipeline)
-        if c.precision.ranks > 1 and data != c.precision.ranks:
-            continue  # 16-bit gradients are rounded rank by rank
+        data = gpus // inner
         orders: list[tuple[str, int]] = [("1f1b", 1)]
         if pipeline > 1:
             schedules = options("schedule", ("1f1b", "interleaved-1f1b"))
@@ -62,7 +61,7 @@ def candidates(c: Config, gpus: int) -> Iterator[Layout]:
             options("shard", SIMPLEST_SHARD) if data > 1 else ("none",),
             sequences, range(1, LARGEST_MICROBATCH + 1), orders,
         ):  # fmt: skip
-            if c.train.batch_size % (data * rows):
+            if c.train.batch_size % (max(data, c.precision.ranks) * rows):
                 continue
             layout = Layout(data, tensor, pipeline, sequence, schedule, v, shard, rows)
             if _runs(c, layout):
@@ -123,11 +122,6 @@ def _nothing(c: Config, gpus: int, card: plan.Gpu, found: int) -> str:
     if found:
         room = f"{FILLED:.0%} of the {card.memory / 1e9:.0f} GB of a {card.name}"
         return f"none of {found:,} layouts fits in {room}"
-    if c.precision.ranks > 1:
-        return (
-            f"--gpus {gpus}: precision.sum_ranks = {c.precision.sum_ranks} ranks of 16-bit "
-            "gradients are parallel.data; --recipe modern leaves it free"
-        )
     degrees(c, gpus)  # names the two numbers of the page that do not fit
     return f"--gpus {gpus}: no layout has whole microbatches of batch_size {c.train.batch_size}"
 

@@ -130,9 +130,15 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
             "train.batch_size = 1024 is not divisible by parallel.data = 7",
         ),
         (
-            "--gpus 8 --precision.sum_ranks 64",
-            "sum_ranks = 64 ranks of 16-bit gradients are parallel.data",
+            "--gpus 24 --precision.sum_ranks 64",
+            "train.batch_size = 1024 is not divisible by parallel.data = 24",
         ),
+        (
+            "--gpus 16 --precision.sum_ranks 64",
+            "parallel.data = 16 is not precision.sum_ranks = 64",
+        ),
+        ("--parallel.pipeline 0", "parallel.pipeline = 0 must be positive"),
+        ("--parallel.tensor 3", "model.heads = 40 is not divisible by parallel.tensor = 3"),
         ("--gpus 8 --recipe modern --timeline x.png", "--parallel.pipeline above 1 is needed"),
     ],
 )
@@ -183,7 +189,9 @@ def check(module: ModuleType) -> None:
     assert {at.pipeline for at in kept} == {4}
     page = load(REPOSITORY / "configs/pythia-12b.toml")  # 16-bit gradients of 64 ranks
     assert {at.data for at in module.candidates(page, 128)} == {64}
-    assert not list(module.candidates(page, 8))  # nor all ranks on one, which degrees take
+    on_one = list(module.candidates(page, 8))  # all ranks, one after the other
+    assert {(at.data, at.tensor) for at in on_one} == {(1, 8)}
+    assert max(at.rows for at in on_one) == 1024 // 64
     rounds = module.candidates(config("1.4b", "--parallel.pipeline", "3"), 3)
     assert "interleaved-1f1b" not in {at.schedule for at in rounds}  # 2^n are no rounds of three
 
@@ -194,7 +202,8 @@ MUTANTS = [
     Mutant("the slowest of each", FILE, "or seconds < best[key][0]", "or seconds > 9 + best[key][0]"),
     Mutant("the simplest at any price", FILE, "entry[0] <= AS_FAST * fastest", "entry[0] <= 9 * fastest"),
     Mutant("keys of the page searched", FILE, "return searched if given", "return searched if True or given"),
-    Mutant("16-bit gradients on any ranks", FILE, "data != c.precision.ranks", "data < 0"),
+    Mutant("what does not run is offered", FILE, "            if _runs(c, layout):\n", "            if layout:\n"),
+    Mutant("microbatches of two ranks", FILE, "(max(data, c.precision.ranks) * rows)", "(data * rows)"),
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ What a process updates of the flat buffers (`optim.AdamW`), by parallel.shard:
                 dtype when it runs, its gradients meet in a reduce-scatter in fp32 each microbatch
     optimizer   one part in D of each bucket: gradients meet in a reduce-scatter, once a step and
                 in fp32; master weights and moments exist for that part alone; after the update the
-                weights are gathered in the compute dtype, once a step
+                weights are gathered in the compute dtype, once a step, while the next step begins
 
 A bucket is a range of the flat buffers in units of D aligned parts. Parts of a process in the order
 of their buckets are its own buffers, so that one launch updates them. Gradients are summed, never
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Work
 
 from pythia_fast.parallel.mesh import Mesh, all_gather, reduce_scatter
@@ -58,6 +58,10 @@ class Ownership:
             )
         return own
 
+    def bucket(self, view: Tensor) -> int:
+        """The bucket in which a view of the whole flat buffer lies."""
+        return bisect_right(self.buckets, view.storage_offset(), key=lambda b: b.start) - 1
+
     @property
     def size(self) -> int:
         return sum(piece.stop - piece.start for piece in self.pieces)
@@ -74,15 +78,6 @@ class Ownership:
         """own ← this process's pieces of flat."""
         for part, piece in zip(self.of_own(own), self.pieces, strict=True):
             part.copy_(flat[piece])
-
-    def gather(self, flat: Tensor, own: Tensor, group: ProcessGroup) -> None:
-        """flat ← every process's own."""
-        running = [
-            all_gather(flat[bucket], part, group=group, async_op=True)
-            for part, bucket in zip(self.of_own(own), self.buckets, strict=True)
-        ]
-        for work in running:
-            work.wait()
 
 
 class Reduction:
@@ -104,17 +99,16 @@ class Reduction:
         self.grad, self.own, self.group = grad, own, group
         self.in_place = total is grad
         self.totals = own.of_own(total)
-        self._starts = [bucket.start for bucket in own.buckets]
         self._elements = [0] * len(own.buckets)
         for view in views:
-            self._elements[self._bucket(view)] += view.numel()
+            self._elements[own.bucket(view)] += view.numel()
         self._left = list(self._elements)  # elements that are not finished
         self._running: dict[int, tuple[Work, Tensor]] = {}  # with the source, which must live on
 
     def finished(self, grads: Iterable[Tensor]) -> None:
         """These views of grad are what they will be in this step."""
         for view in grads:
-            bucket = self._bucket(view)
+            bucket = self.own.bucket(view)
             self._left[bucket] -= view.numel()
             if self._left[bucket] == 0:
                 self._start(bucket)
@@ -129,9 +123,6 @@ class Reduction:
         self._running = {}
         self._left = list(self._elements)
 
-    def _bucket(self, view: Tensor) -> int:
-        return bisect_right(self._starts, view.storage_offset()) - 1
-
     def _start(self, bucket: int) -> None:
         source, total = self.grad[self.own.buckets[bucket]], self.totals[bucket]
         if self.own.copies > 1:
@@ -143,6 +134,50 @@ class Reduction:
             work = dist.all_reduce(total, group=self.group, async_op=True)
         assert work is not None
         self._running[bucket] = work, source
+
+
+class Arrival:
+    """Brings the weights of a step from their owners, a bucket at a time, while the step begins.
+
+    A bucket is waited for when a module runs that has weights in it: `before`. The last, in which
+    the vectors of all layers are, sets off first, the others in their order, that of use.
+    """
+
+    def __init__(
+        self, weight: Tensor, own: Ownership, model: nn.Module, group: ProcessGroup
+    ) -> None:
+        """weight: flat, of which the model's parameters are views."""
+        self._weight, self._own, self._group = weight, own, group
+        self._wanted = {
+            module: sorted({own.bucket(at_hand(p)) for p in module.parameters()})
+            for module in model.modules()
+        }
+        self._running: dict[int, Work] = {}
+
+    def start(self, own: Tensor) -> None:
+        """weight ← every process's own, which must stay as it is until all has arrived."""
+        self.finish()
+        parts = list(zip(self._own.buckets, self._own.of_own(own), strict=True))
+        for i in range(-1, len(parts) - 1):
+            bucket, part = parts[i]
+            work = all_gather(self._weight[bucket], part, group=self._group, async_op=True)
+            assert work is not None
+            self._running[i % len(parts)] = work
+
+    def before(self, module: nn.Module) -> None:
+        """Returns when the weights of a module are there; beside a GPU, its stream waits."""
+        if self._running:
+            for bucket in self._wanted[module]:
+                self._wait(bucket)
+
+    def finish(self) -> None:
+        for bucket in list(self._running):
+            self._wait(bucket)
+
+    def _wait(self, bucket: int) -> None:
+        work = self._running.pop(bucket, None)
+        if work is not None:
+            work.wait()
 
 
 # --- parameters that FSDP2 shards -----------------------------------------------------------------

@@ -25,6 +25,8 @@ BF16_LOSSES = 2e-3  # a weight may be rounded the other way: half a unit in the 
 
 
 FP32 = ["--precision.compute", "fp32"]
+# few rows: kernels are interpreted
+TINY = ["--train.batch_size", "4", "--train.valid_rows", "2", *FP32]
 ON_OPS = [*FP32, "--optimizer.backend", "triton"]  # the op's update, not torch's AdamW
 
 
@@ -112,6 +114,25 @@ def test_buckets_set_off_while_the_backward_pass_runs(ranks: Ranks, page: Path) 
         assert torch.equal(weight, late[0]["weights"][name]), name
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_weights_arrive_while_the_next_step_begins(backend: str, ranks: Ranks, page: Path) -> None:
+    """None is read before it is waited for, though it came at the last moment: to the bit."""
+    flags = ["--kernels.backend", backend, *TINY]
+    at_once, late = (
+        ranks.call(2, call, page, flags, 3)
+        for call in (data_parallel.steps, data_parallel.late_steps)
+    )
+    check_same_steps(late, at_once)
+
+
+def check_same_steps(results: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    for result, other in zip(results, wanted, strict=True):
+        for kind in ("losses", "norms", "valid"):
+            assert result[kind] == other[kind], kind
+        for name, weight in other["weights"].items():
+            assert torch.equal(result["weights"][name], weight), name
+
+
 FP16 = """--precision.compute fp16 --precision.gradients fp16 --precision.sum_ranks 2
 --precision.loss_scaling hysteresis --optimizer.norm_copies 2 --optimizer.row_bias_copies 2""".split()
 
@@ -124,8 +145,8 @@ def check_same_gradients(results: list[dict[str, Any]], one: dict[str, Any]) -> 
 
 
 FULL, UNSHARDED = ["--parallel.shard", "full"], ["--parallel.shard", "none"]
-DATA, OPTIM, LOADER = (
-    f"pythia_fast/{name}.py" for name in ("parallel/data", "optim", "data/loader")
+DATA, OPTIM, LOADER, MODEL = (
+    f"pythia_fast/{name}.py" for name in ("parallel/data", "optim", "data/loader", "model")
 )
 MUTANTS = [
     Mutant("all own the first part", DATA, "slice(bucket.start + self.copy * length, bucket.start + (self.copy + 1) * length)", "slice(bucket.start, bucket.start + length)"),
@@ -135,13 +156,22 @@ MUTANTS = [
     Mutant("rows in blocks", LOADER, "return [slice(start, start + b) for start in starts]", "return [slice(self.copy * len(starts) * b + i * b, self.copy * len(starts) * b + i * b + b) for i in range(len(starts))]"),
     Mutant("norm of the own part", OPTIM, "            dist.all_reduce(square)\n", ""),
     Mutant("norm of all copies", OPTIM, "square.zero_()", "pass"),
-    Mutant("weights not gathered", OPTIM, "        if self._sharded:\n            self._gather_weights()\n", ""),
-    Mutant("weights of torch's update not gathered", OPTIM, "if not from_model and self._sharded:", "if False:"),
+    Mutant("weights not gathered", OPTIM, "        self._share_weights()\n\n    @property", "\n    @property"),
+    Mutant("weights of torch's update not gathered", OPTIM, "        if not from_model:\n", "        if False:\n"),
     Mutant("every microbatch sets off", OPTIM, "self._reduction is not None and self.last", "self._reduction is not None"),
     Mutant("nothing sets off early", OPTIM, "self._reduction is not None and self.last", "False"),
     Mutant("validation of the own rows", "pythia_fast/train.py", 'return self.mesh.sum_(total, "data").item()', "return total.item()"),
     Mutant("FSDP averages", DATA, "            module.set_gradient_divide_factor(1.0)  # a sum: the loss has been divided\n", ""),
     Mutant("averaged", DATA, "        for work, _ in self._running.values():\n            work.wait()\n", "        for work, _ in self._running.values():\n            work.wait()\n        for total in self.totals:\n            total.div_(2)\n"),
+]  # fmt: skip
+
+
+LATE_MUTANTS = [
+    Mutant("embedding too early", MODEL, "        self.before(self.gpt_neox.embed_in)\n", ""),
+    Mutant("layers too early", MODEL, "        self.before(layer)\n", ""),
+    Mutant("head too early", MODEL, '(M,)."""\n        self.before(self.embed_out)\n', '(M,)."""\n'),
+    Mutant("nothing is waited for", DATA, "for bucket in self._wanted[module]:", "for bucket in []:"),
+    Mutant("one bucket of a layer", DATA, "for bucket in self._wanted[module]:", "for bucket in self._wanted[module][:1]:"),
 ]  # fmt: skip
 
 
@@ -186,6 +216,19 @@ def test_mutants_are_killed(
         except AssertionError:
             killed = True
     assert killed
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("mutant", LATE_MUTANTS, ids=lambda m: m.name)
+def test_mutants_that_read_too_early_are_killed(
+    mutant: Mutant, backend: str, ranks: Ranks, page: Path
+) -> None:
+    flags = ["--kernels.backend", backend, *TINY]
+    wanted = ranks.call(2, data_parallel.steps, page, flags, 3)
+    results = ranks.call(2, data_parallel.steps_of_mutant, page, flags, 3, mutant, True)
+    with pytest.raises(AssertionError):
+        check_same_steps(results, wanted)
 
 
 @pytest.mark.parametrize("total", ["fp32", "fp16"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_proof import Mutant, load_mutant
+from parallel_proof import gathered
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -19,8 +20,9 @@ import pythia_fast.optim
 import pythia_fast.train
 from pythia_fast.config import load
 from pythia_fast.data.loader import read_batch
+from pythia_fast.parallel import data
 from pythia_fast.parallel.data import in_place_of
-from pythia_fast.parallel.mesh import joined
+from pythia_fast.parallel.mesh import all_gather, joined
 from pythia_fast.train import Trainer
 
 # clipped from the first step on, so that the norm reaches the weights; 8 microbatches a step
@@ -53,6 +55,8 @@ def steps(page: Path, flags: list[str], count: int, bucket: int = 1) -> dict[str
             if step == 0:
                 gradients = held(trainer, trainer.optimizer._own_grad)
         o = trainer.optimizer
+        if o.arrival is not None:
+            o.arrival.finish()
         return {
             "losses": losses, "norms": norms, "updates": o.updates, "gradients": gradients,
             "weights": {n: whole(p.detach()) for n, p in trainer.model.named_parameters()},
@@ -65,19 +69,43 @@ USED_BY = {  # what of a mutated file takes the place of the real one, and where
     "pythia_fast/parallel/data.py": (
         (pythia_fast.optim, "Ownership"),
         (pythia_fast.optim, "Reduction"),
+        (pythia_fast.optim, "Arrival"),
         (pythia_fast.assemble, "shard_fully"),
     ),
     "pythia_fast/optim.py": ((pythia_fast.assemble, "AdamW"),),
     "pythia_fast/data/loader.py": ((pythia_fast.train, "Share"),),
+    "pythia_fast/model.py": ((pythia_fast.assemble, "Pythia"),),
     "pythia_fast/train.py": ((sys.modules[__name__], "Trainer"),),
 }
 
 
-def steps_of_mutant(page: Path, flags: list[str], count: int, mutant: Mutant) -> dict[str, Any]:
+def steps_of_mutant(
+    page: Path, flags: list[str], count: int, mutant: Mutant, late: bool = False
+) -> dict[str, Any]:
     with TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         module = load_mutant(mutant, Path(directory))
+        if late:
+            patch.setattr(module if hasattr(module, "all_gather") else data, "all_gather", Late)
         for user, name in USED_BY[mutant.file]:
             patch.setattr(user, name, getattr(module, name))
+        return steps(page, flags, count)
+
+
+class Late:
+    """An all-gather that brings nothing before it is waited for."""
+
+    def __init__(self, *tensors: Tensor, async_op: bool, **group: Any) -> None:
+        self.tensors, self.group = tensors, group
+
+    def wait(self) -> None:
+        # autograd sees a collective write when it is called, not when it is waited for
+        with torch.autograd._unsafe_preserve_version_counter(self.tensors[0]):
+            all_gather(*self.tensors, **self.group)
+
+
+def late_steps(page: Path, flags: list[str], count: int) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "all_gather", Late)
         return steps(page, flags, count)
 
 
@@ -96,8 +124,7 @@ def held(trainer: Trainer, own: Tensor) -> dict[str, Tensor]:
         return {name: whole(in_place_of(like[name], part)) for name, part in parts}
     flat = own
     if o._sharded:
-        flat = own.new_full((o.layout.size,), float("nan"))
-        o.own.gather(flat, own, o._copies)
+        flat = gathered(trainer, own)
     return {name: view.clone() for name, view in o.views(flat).items()}
 
 

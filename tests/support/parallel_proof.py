@@ -18,7 +18,7 @@ from pythia_fast.data.commands import rows_from
 from pythia_fast.data.loader import read_batch
 from pythia_fast.model import Pythia, initial_weights, materialise
 from pythia_fast.optim import DTYPES
-from pythia_fast.parallel.data import in_place_of
+from pythia_fast.parallel.data import Arrival, in_place_of
 from pythia_fast.parallel.mesh import Mesh, joined
 from pythia_fast.train import Trainer, train
 
@@ -71,11 +71,21 @@ def whole(trainer: Trainer) -> dict[str, Tensor]:
     o, parameters = trainer.optimizer, trainer.model.named_parameters()
     flat = o.exp_avg
     if o._sharded:
-        flat = o.exp_avg.new_empty(o.layout.size)
-        o.own.gather(flat, o.exp_avg, o._copies)
+        flat = gathered(trainer, o.exp_avg)
     if o._full:
         return {n: in_place_of(p, o.views(flat)[n]).full_tensor() for n, p in parameters}
     return o.views(flat)
+
+
+def gathered(trainer: Trainer, own: Tensor) -> Tensor:
+    """The flat buffer of which each process has its own elements; gaps would show as NaN."""
+    o = trainer.optimizer
+    assert o._copies is not None
+    flat = own.new_full((o.layout.size,), float("nan"))
+    arrival = Arrival(flat, o.own, trainer.model, o._copies)
+    arrival.start(own)
+    arrival.finish()
+    return flat
 
 
 def exact_gradients(page: str, flags: list[str]) -> dict[str, Tensor]:
