@@ -159,9 +159,9 @@ class Parallel:
     pipeline: int = _key(1, "processes that share the layers, each one stage or several")
     sequence: bool = _key(False, "split the residual stream's positions over the tensor processes")
     schedule: Literal["gpipe", "1f1b", "interleaved-1f1b", "zero-bubble"] = _key(
-        "1f1b", "order of the microbatches in a pipeline"
+        "1f1b", "order of a pipeline's microbatches (1f1b of fewer than its processes is gpipe)"
     )
-    stages_per_rank: int = _key(1, "pipeline stages of one process (interleaved-1f1b)")
+    stages_per_rank: int = _key(1, "pipeline stages of one process (interleaved-1f1b, zero-bubble)")
     shard: Literal["none", "optimizer", "full"] = _key(
         "optimizer", "what data-parallel processes split: nothing, optimizer states, weights too"
     )
