@@ -147,7 +147,8 @@ class Arrival:
         self, weight: Tensor, own: Ownership, model: nn.Module, group: ProcessGroup
     ) -> None:
         """weight: flat, of which the model's parameters are views."""
-        self._weight, self._own, self._group = weight, own, group
+        # autograd counts writes to a buffer as a whole: here one arrives beside others in use
+        self._weight, self._own, self._group = weight.data, own, group
         self._wanted = {
             module: sorted({own.bucket(at_hand(p)) for p in module.parameters()})
             for module in model.modules()

@@ -98,9 +98,7 @@ class Late:
         self.tensors, self.group = tensors, group
 
     def wait(self) -> None:
-        # autograd sees a collective write when it is called, not when it is waited for
-        with torch.autograd._unsafe_preserve_version_counter(self.tensors[0]):
-            all_gather(*self.tensors, **self.group)
+        all_gather(*self.tensors, **self.group)
 
 
 def late_steps(page: Path, flags: list[str], count: int) -> dict[str, Any]:
