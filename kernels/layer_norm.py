@@ -7,6 +7,8 @@
     dx = d_residual + rstd · (g − Σg/h − x̂ · Σ(g·x̂)/h)
     dwₖ = Σ_rows dyₖ · x̂             dbₖ = Σ_rows dyₖ
 
+Where other processes have normalised the rows, x is x̂ already: no mean and rstd, and dx = g.
+
 The forward of the pair also writes x + (bias1' + bias2') where a fused block asks for it: the
 residual stream that its last product is then added to in place (`pythia_fast/block.py`).
 
@@ -158,8 +160,8 @@ def _layer_norm_bwd_kernel(
     dy2,  # (M, H), row stride stride_dy2, or None: one norm
     w1,  # (H,)
     w2,  # (H,) or None
-    mean,  # (M,) fp32
-    rstd,  # (M,) fp32
+    mean,  # (M,) fp32, or None: x is x̂
+    rstd,  # (M,) fp32 or None
     dx,  # (M, H) contiguous
     partials,  # (P, K, H) fp32: dw1, db1, then dw2, db2 of two norms, then Σdx where asked for
     M,
@@ -194,12 +196,14 @@ def _layer_norm_bwd_kernel(
             b_dy2 = load_rows(dy2 + i_row * stride_dy2, m_row, H, WIDTHS)
         if d_residual is not None:
             b_dr = load_rows(d_residual + i_row * stride_dr, m_row, H, WIDTHS)
-        b_mean = tl.load(mean + o_row, mask=m_row, other=0.0)[:, None]
-        b_rstd = tl.load(rstd + o_row, mask=m_row, other=0.0)[:, None]
 
-        b_xhat = ()
-        for i in tl.static_range(len(WIDTHS)):
-            b_xhat += ((b_x[i] - b_mean) * b_rstd,)
+        b_xhat = b_x
+        if mean is not None:
+            b_mean = tl.load(mean + o_row, mask=m_row, other=0.0)[:, None]
+            b_rstd = tl.load(rstd + o_row, mask=m_row, other=0.0)[:, None]
+            b_xhat = ()
+            for i in tl.static_range(len(WIDTHS)):
+                b_xhat += ((b_x[i] - b_mean) * b_rstd,)
         b_dw1 = multiply_add_rows(b_dw1, b_dy1, b_xhat)
         b_db1 = add_rows(b_db1, b_dy1)
         b_g = multiply_rows(b_dy1, b_w1)
@@ -208,11 +212,13 @@ def _layer_norm_bwd_kernel(
             b_db2 = add_rows(b_db2, b_dy2)
             b_g = multiply_add_rows(b_g, b_dy2, b_w2)
 
-        b_mean_g = (sum_rows(b_g) / H)[:, None]
-        b_mean_gx = (sum_rows(multiply_rows(b_g, b_xhat)) / H)[:, None]
-        b_dx = ()
-        for i in tl.static_range(len(WIDTHS)):
-            b_dx += (b_rstd * (b_g[i] - b_mean_g - b_xhat[i] * b_mean_gx),)
+        b_dx = b_g
+        if mean is not None:
+            b_mean_g = (sum_rows(b_g) / H)[:, None]
+            b_mean_gx = (sum_rows(multiply_rows(b_g, b_xhat)) / H)[:, None]
+            b_dx = ()
+            for i in tl.static_range(len(WIDTHS)):
+                b_dx += (b_rstd * (b_g[i] - b_mean_g - b_xhat[i] * b_mean_gx),)
         if d_residual is not None:
             b_dx = add_rows(b_dx, b_dr)
         store_rows(dx + i_row * H, b_dx, m_row, H, WIDTHS)
@@ -280,20 +286,21 @@ def layer_norm_bwd(
     d_residual: Tensor | None,
     dys: tuple[Tensor, ...],
     weights: tuple[Tensor, ...],
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     sum_dx: bool = False,
     sums_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx in x's shape and dtype, and the column sums (K, h) in sums_dtype, None: the weights'.
 
-    dys and weights are of one or two norms; d_residual (like x, or None) is added to dx. The sums
-    are dw1, db1[, dw2, db2][, Σ_rows dx where sum_dx].
+    dys and weights are of one or two norms; d_residual (like x, or None) is added to dx. mean and
+    rstd (M,) fp32, or None where x is x̂: dx is then dx̂. The sums are dw1, db1[, dw2, db2][, Σ_rows
+    dx where sum_dx].
     """
     rows = check_rows(x, "x", x.shape[-1])
     (count, h), tile = rows.shape, tile_for(BACKWARD, x.shape[-1])
     check_vectors({f"weight{i}": w for i, w in enumerate(weights, 1)}, x)
-    for name, statistic in (("mean", mean), ("rstd", rstd)):
+    for name, statistic in (("mean", mean), ("rstd", rstd)) if mean is not None else ():
         check(statistic, name, dtypes=(torch.float32,), shape=(count,), device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = 2 * len(dys) + sum_dx
@@ -415,6 +422,8 @@ def aot_cases() -> Iterator[AotCase]:
         ("layer norm", (*one, "d_residual"), False),
         ("dual", pair, False),
         ("dual and bias", pair, True),
+        ("dual of partial sums", ("d_residual",), False),
+        ("dual of x̂", ("mean", "rstd", "d_residual"), False),
     )
     for dtype in ("bf16", "fp16"):
         for size, h in SUITE.items():

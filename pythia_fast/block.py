@@ -266,10 +266,8 @@ def norms_bwd(
 
         return list(sums), whole
 
-    d_xhat = torch.addcmul(d_norms[0] * w.norm1, d_norms[1], w.norm2)
+    d_xhat, sums = layer_norm_bwd(xhat, None, d_norms, weights, None, None, sums_dtype=fp32)
     own, work = scattered(d_xhat, block.parts, async_op=True)
-    wide = [_rows(d).float() for d in d_norms]
-    sums = [v for d in wide for v in ((d * _rows(xhat)).sum(0), d.sum(0))]
 
     def part() -> tuple[Tensor, Tensor]:
         if work is not None:
@@ -279,7 +277,7 @@ def norms_bwd(
         )
         return dx, d_below
 
-    return sums, part
+    return list(sums), part
 
 
 class EmbeddingFunction(torch.autograd.Function):

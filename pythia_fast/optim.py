@@ -1,4 +1,4 @@
-"""AdamW over flat buffers, the learning-rate schedules, and what a step does with its gradients.
+"""AdamW over flat buffers, and what a step does with its gradients.
 
 Master weights and both moments each live in one contiguous fp32 buffer, gradients in one of their
 own dtype; the model's parameters are views, where `flat.py` puts them. One launch updates
@@ -10,7 +10,6 @@ optimizer states are sharded (`parallel/data.py`) master and moments are those o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,28 +28,6 @@ from pythia_fast.parallel.tensor import split_dim
 from pythia_fast.pieces import Pieces, boxes_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def learning_rate(c: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of the update numbered `step` (0-based) of `steps`.
-
-    `step` counts updates or steps, as optimizer.schedule_counts says.
-
-    neox-v1: W = warmup·steps; n ≤ W: lr·n/W, so the first update moves nothing; then
-    max(lr/2·(1 + cos(π·k/steps)), min_lr) with k = min(n, steps − W) − W. The cosine aims at 0,
-    not at min_lr, and is cut off flat. Source: GPT-NeoX v1.0 learning_rates.py:61-93.
-    cosine: rises over the same W as (n + 1)/W, then falls from lr to min_lr at the last update.
-    """
-    warmup = c.warmup * steps
-    if c.schedule == "neox-v1":
-        if warmup > 0 and step <= warmup:
-            return c.lr * step / warmup
-        k = min(step, steps - warmup) - warmup
-        return max(c.lr / 2 * (1 + math.cos(math.pi * k / steps)), c.min_lr)
-    if step + 1 < warmup:
-        return c.lr * (step + 1) / warmup
-    done = (step + 1 - warmup) / max(steps - warmup, 1)
-    return c.min_lr + (c.lr - c.min_lr) / 2 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 class AdamW:

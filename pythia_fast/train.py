@@ -32,13 +32,14 @@ from pythia_fast.journal import Journal
 from pythia_fast.metrics import read_steps, require_trackers
 from pythia_fast.model import initial_weights
 from pythia_fast.ops import select
-from pythia_fast.optim import DTYPES, learning_rate
+from pythia_fast.optim import DTYPES
 from pythia_fast.parallel.data import put_
 from pythia_fast.parallel.mesh import Mesh, joined, local_device
 from pythia_fast.parallel.same import check_same_data
 from pythia_fast.parallel.tensor import local_part
 from pythia_fast.progress import say
 from pythia_fast.saving import Saver
+from pythia_fast.schedule import learning_rate
 
 _UNSAVED = 1 << 10  # above every signal: a save beside training has failed
 

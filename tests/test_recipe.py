@@ -132,11 +132,13 @@ def test_numpy_that_ignores_a_switch_differs(name: str, page: Path, tmp_path: Pa
         follow(config, fresh_trainer(config, tmp_path), 5, 3e-6, 1e-3, **IGNORED[name])
 
 
-OPTIM, FLAT, MODEL = (f"pythia_fast/{name}.py" for name in ("optim", "flat", "model"))
+OPTIM, SCHEDULE, FLAT, MODEL = (
+    f"pythia_fast/{name}.py" for name in ("optim", "schedule", "flat", "model")
+)
 SWITCH_MUTANTS = {
     "model.activation": Mutant("always the tanh form", MODEL, 'if c.activation == "gelu_tanh" else "none"', 'if True else "none"'),
     "model.rope_table": Mutant("table always fp32", MODEL, "_DTYPE[c.rope_table]", "torch.float32"),
-    "optimizer.schedule": Mutant("always neox-v1", OPTIM, 'if c.schedule == "neox-v1":', "if True:"),
+    "optimizer.schedule": Mutant("always neox-v1", SCHEDULE, 'if c.schedule == "neox-v1":', "if True:"),
     "optimizer.step_offset": Mutant("offset always 1", OPTIM, 'torch.tensor(float(c.step_offset), device', 'torch.tensor(1.0, device'),
     "optimizer.decay_embeddings": Mutant("embeddings always decay", FLAT, "(embedding and not decay_embeddings)", "False"),
     "optimizer.clip_eps": Mutant("clip_eps always 1e-6", OPTIM, "norm + self.config.clip_eps", "norm + 1e-6"),
@@ -166,6 +168,7 @@ def test_a_mutant_that_ignores_the_switch_is_killed(
     def check(module: ModuleType) -> None:
         if mutant.file == OPTIM:
             monkeypatch.setattr(pythia_fast.assemble, "AdamW", module.AdamW)
+        elif mutant.file == SCHEDULE:
             monkeypatch.setattr(real, "learning_rate", module.learning_rate)
         elif mutant.file == FLAT:
             monkeypatch.setattr(pythia_fast.optim, "lay_out", module.lay_out)

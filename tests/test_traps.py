@@ -28,7 +28,8 @@ from pythia_fast.model import Pythia, initialise, materialise, rotary_tables
 from pythia_fast.neox import reader
 from pythia_fast.neox.files import read_yaml
 from pythia_fast.ops import REFERENCE
-from pythia_fast.optim import AdamW, learning_rate
+from pythia_fast.optim import AdamW
+from pythia_fast.schedule import learning_rate
 
 STEPS = 143_000
 

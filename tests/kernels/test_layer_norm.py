@@ -36,6 +36,7 @@ MUTANTS = [
     Mutant("partials of a single slot", FILE, "partials + i_program * K * H", "partials + i_program * H"),
     Mutant("dy's row stride", FILE, "dy1 + i_row * stride_dy1", "dy1 + i_row * H"),
     Mutant("x's row stride", FILE, "\n    b_x = load_rows(x + i_row * stride_x, m_row", "\n    b_x = load_rows(x + i_row * H, m_row"),
+    Mutant("one norm's gradient of x̂", FILE, "        b_dx = b_g\n", "        b_dx = b_dy1\n"),
     Mutant("a single residual bias", FILE, "load_vector(residual_b2, H", "load_vector(residual_b1, H"),
     Mutant("residual of the wrong rows", FILE, "store_rows(residual + i_row * H", "store_rows(residual + (i_row ^ 1) * H"),
 ]  # fmt: skip
@@ -104,6 +105,31 @@ def test_residual(rows: int, h: int, dtype: torch.dtype) -> None:
     check_residual(kernels, rows, h, dtype)
 
 
+def check_normalised(module: ModuleType, rows: int, h: int, dtype: torch.dtype) -> None:
+    """Two affine norms of x̂ that came from elsewhere, against their gradients in float64."""
+    (xhat, w1, b1, w2, b2), (_, dy1, dy2) = dual_inputs(rows, h, dtype)
+    dx, sums = module.layer_norm_bwd(
+        wide_slice(xhat), None, (dy1, dy2), (w1, w2), None, None, sums_dtype=torch.float32
+    )
+    exact = [t.double().requires_grad_() for t in (xhat, w1, b1, w2, b2)]
+    x, v1, c1, v2, c2 = exact
+    ys = (x * v1 + c1, x * v2 + c2)
+    wanted = torch.autograd.grad(ys, exact, (dy1.double(), dy2.double()))
+    assert dx.dtype == dtype
+    for found, true in zip((dx, *sums), wanted, strict=True):
+        terms = max(rows, 2)
+        eps = 2 * torch.finfo(found.dtype).eps
+        # a sum of `terms` products of normal numbers, added in fp32 and rounded once
+        assert (found.double() - true).abs().max() < eps * true.abs().max() + 1e-6 * terms
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows,h", [(1, 96), (65, 768), (5, 1000)])
+@pytest.mark.usefixtures("poison")
+def test_rows_that_are_normalised(rows: int, h: int, dtype: torch.dtype) -> None:
+    check_normalised(kernels, rows, h, dtype)
+
+
 def check(module: ModuleType) -> None:
     """The smallest inputs that every mutant above fails on: padded columns, strides, several rows."""
     for h in (96, 100):
@@ -113,6 +139,7 @@ def check(module: ModuleType) -> None:
         cotangents = tuple(map(wide_slice, cotangents))
         prove(module.dual_layer_norm, reference.dual_layer_norm, args, cotangents)
     check_residual(module, 40, 100, torch.float16)
+    check_normalised(module, 40, 100, torch.float32)
 
 
 def test_check_passes() -> None:

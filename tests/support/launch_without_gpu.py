@@ -112,6 +112,8 @@ def rows(count: int, hidden: int) -> None:
     layer_norm.layer_norm_bwd(x, x, (x, x), (w, w), mean, rstd, True)
     layer_norm.layer_norm_bwd(x, x, (x, x), (w, w), mean, rstd)
     layer_norm.layer_norm_bwd(x, None, (x,), (w,), mean, rstd)
+    layer_norm.layer_norm_bwd(x, None, (x, x), (w, w), mean, rstd)
+    layer_norm.layer_norm_bwd(x, None, (x, x), (w, w), None, None)
     parallel_residual.parallel_residual_fwd(x, x, x, w, w)
     parallel_residual.parallel_residual_fwd(x, x, x, w, w, ((w, w), (w, w)))
     parallel_residual.parallel_residual_bwd(x, BF16)
