@@ -1,7 +1,7 @@
 """Layouts of one run over many GPUs, and the bytes that each GPU holds, by arithmetic.
 
 Activations are those that the fused blocks keep, also where they are not used (16-bit gradients,
-sequence parallelism): there this is less than it takes.
+weights fully sharded): there this is less than it takes.
 
 Letters: b rows of a microbatch, T positions, h hidden, P pipeline degree.
 """
@@ -43,7 +43,7 @@ class Memory:
     states: float  # weights, master weights, moments, accumulated gradients
     gradients: float  # of a microbatch, until they are accumulated
     activations: float  # of all microbatches in flight
-    logits: float
+    logits: float  # and what waits for the head's backward
     working: float  # statistics, and what head or backward of a block hold beyond the logits
     buffers: float  # received activations and gradients; weights and gradients gathered by shards
 
@@ -95,16 +95,19 @@ class Held:
         )
         last = any(chunk.head for chunk in chunks)
         logits = WIDTH * m.vocab_size // at.tensor * self.tokens * last
+        fused = c.precision.gradients == "fp32" and c.kernels.deterministic
+        fused = fused and (at.shard != "full" or at.data == 1)
+        waiting = 0  # microbatches between the head and its backward, or its weights' half
         if at.pipeline > 1 and at.schedule in ("gpipe", "zero-bubble"):
-            logits *= held  # until the backward of the head, or its weights' half
-        fused = c.precision.gradients == "fp32" and c.kernels.deterministic and not at.sequence
+            waiting = (held - 1) * last
+        of_head = m.hidden if fused else m.vocab_size // at.tensor  # a token: x's gradient, logits
         by_autograd = 2 * m.hidden * last if fused else n  # the last norm's
         layers = max(chunk.layers for chunk in chunks)
         return Memory(
             states=self._states(n),
             gradients=WIDTH * by_autograd * (at.shard != "full"),
             activations=of_layer * layers * self.tokens * held,
-            logits=logits,
+            logits=logits + WIDTH * of_head * self.tokens * waiting,
             working=plan.working_bytes(m, c.kernels.recompute == "selective", at.tensor)
             * self.tokens,
             buffers=self._received(rank) + self._gathered(chunks),

@@ -294,13 +294,14 @@ def activation_bytes(
 ) -> int:  # fmt: skip
     """Of a token, 16 bits: all kept, or (selective) norms and GELU formed again.
 
-    tensor: ranks that split all but x and the norms of it, sequence: those too. layers: those kept.
+    tensor: ranks that split all but x and the norms of it. sequence: x is split too, and x̂ of all
+    rows, from which both norms are formed again, kept in their place. layers: those kept.
     """
     kept = ACTIVATION_ELEMENTS - RECOMPUTED_ELEMENTS * selective
-    whole = 1 if selective else 3  # x, and both norms where they are kept
-    if sequence:
-        whole = 0
-    elements = whole * tensor + kept - whole  # of every rank together
+    norms = 0 if selective else 2
+    whole = 1 if sequence else 1 + norms
+    split = kept - (norms if sequence else whole)
+    elements = whole * tensor + split  # of every rank together
     return 2 * elements * m.hidden * (m.layers if layers is None else layers) // tensor
 
 

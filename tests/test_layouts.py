@@ -313,7 +313,7 @@ def held(module: ModuleType) -> None:
         page = load(REPOSITORY / f"configs/pythia-{size}.toml")
         summed = made(page.precision.sum_ranks, 1, 1, False, "1f1b", 1, "none", 4, page=page)
         assert summed.memory().states == width * page.model.parameters
-    for tensor, sequence, of_layer in ((1, False, 15), (4, False, 3 + 12 / 4), (4, True, 15 / 4)):
+    for tensor, sequence, of_layer in ((1, False, 15), (4, False, 3 + 12 / 4), (4, True, 1 + 13 / 4)):
         found = made(1, tensor, 1, sequence, "1f1b", 1, "none", 1).memory()
         assert found.activations == 36 * of_layer * x
         assert found.logits == 2 * c.model.vocab_size * 2048 / tensor
@@ -332,7 +332,11 @@ def held(module: ModuleType) -> None:
         assert memory.activations == chunk.layers * 15 * x * (8 - rank)
         assert memory.buffers == 512 * x * (2 if 0 < rank < 7 else 1)
     gpipe = made(64, 1, 4, False, "gpipe", 1, "none", 1)
-    assert gpipe.memory_of(3).logits == 16 * 2 * c.model.vocab_size * 2048
+    assert gpipe.memory_of(3).logits == 2 * 2048 * (c.model.vocab_size + 15 * 5120)
+    assert gpipe.memory_of(2).logits == 0
+    in_16_bits = config("12b", "--precision.gradients", "bf16")  # no fused head: logits are kept
+    gpipe = module.Held(in_16_bits, gpipe.layout, plan.GPUS["H100"])
+    assert gpipe.memory_of(3).logits == 16 * 2 * 2048 * c.model.vocab_size
 
 
 def test_memory_by_hand() -> None:
@@ -359,6 +363,7 @@ MUTANTS = [
     Mutant("moments not sharded", LAYOUTS, "split = plan.STATES - WIDTH", "split = plan.STATES - WIDTH - 8"),
     Mutant("sums in the gradients' buffer", LAYOUTS, "(split + self.reduced) * n", "split * n"),
     Mutant("logits of one microbatch in gpipe", LAYOUTS, '("gpipe", "zero-bubble")', '("zero-bubble",)'),
+    Mutant("logits kept by the fused head", LAYOUTS, "m.hidden if fused else", "m.hidden if not fused else"),
     Mutant("every rank holds as many microbatches", LAYOUTS, "at.schedule, rank, at.pipeline", "at.schedule, 0, at.pipeline"),
     Mutant("first rank receives activations", LAYOUTS, "ends = (rank == 0) + ", "ends = "),
     Mutant("gathered gradient in fp32 alone", LAYOUTS, "(WIDTH + FP32) * max", "FP32 * max"),
