@@ -300,7 +300,8 @@ def layer_norm_bwd(
     rows = check_rows(x, "x", x.shape[-1])
     (count, h), tile = rows.shape, tile_for(BACKWARD, x.shape[-1])
     check_vectors({f"weight{i}": w for i, w in enumerate(weights, 1)}, x)
-    for name, statistic in (("mean", mean), ("rstd", rstd)) if mean is not None else ():
+    statistics = {"mean": mean, "rstd": rstd} if mean is not None or rstd is not None else {}
+    for name, statistic in statistics.items():
         check(statistic, name, dtypes=(torch.float32,), shape=(count,), device=x.device)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sums = 2 * len(dys) + sum_dx

@@ -35,10 +35,10 @@ def assemble(c: Config, mesh: Mesh, ops: Ops) -> tuple[Pythia, AdamW, Pipeline |
     lean = c.optimizer.states == "lean"
     optimizer = LeanAdamW(*of, seed=c.train.seed) if lean else AdamW(*of)
     if optimizer.arrival is not None:
-        model.before = optimizer.arrival.before
+        model.gpt_neox.before = optimizer.arrival.before
     if not full:
         fuse(model, optimizer, c, mesh)
-    elif ops.name == "triton" and mesh.main:
+    elif ops.name == "triton":
         say("parallel.shard = 'full': layers run op by op, their fused form wants flat gradients")
     return model, optimizer, None if stages is None else Pipeline(model, optimizer, c, mesh)
 

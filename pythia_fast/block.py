@@ -269,7 +269,7 @@ def norms_bwd(
     d_xhat, sums = layer_norm_bwd(xhat, None, d_norms, weights, None, None, sums_dtype=fp32)
     own, work = scattered(d_xhat, block.parts, async_op=True)
 
-    def part() -> tuple[Tensor, Tensor]:
+    def part(source: Tensor = d_xhat) -> tuple[Tensor, Tensor]:  # which lives until it was sent
         if work is not None:
             work.wait()
         dx, (*_, d_below) = layer_norm_bwd(

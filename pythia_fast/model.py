@@ -82,6 +82,8 @@ class GPTNeoX(nn.Module):
         self.embed_in = nn.Embedding(c.vocab_size, c.hidden)
         self.layers = nn.ModuleList(Layer(c, ops) for _ in range(c.layers))
         self.final_layer_norm = nn.LayerNorm(c.hidden, eps=c.norm_eps)
+        # called with embedding, layer, norm or head before it runs: its weights may be on their way
+        self.before: Callable[[nn.Module], None] = lambda module: None
 
     def forward(self, x: Tensor, blocks: list[Callable[[Tensor], Tensor]]) -> Tensor:
         """x: the embedded tokens (B, T, h)."""
@@ -91,6 +93,7 @@ class GPTNeoX(nn.Module):
 
     def final(self, x: Tensor) -> Tensor:
         norm = self.final_layer_norm
+        self.before(norm)
         return self.ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
@@ -105,20 +108,17 @@ class Pythia(nn.Module):
             self.embed_out = nn.Linear(c.hidden, c.vocab_size, bias=False)
         self._tables: tuple[Tensor, Tensor] | None = None
         self.fused: Fused | None = None  # takes the place of embedding, layers, head
-        # called with embedding, layer or head before it runs: its weights may be on their way, and
-        # with a layer's arrive those of the final norm
-        self.before: Callable[[nn.Module], None] = lambda module: None
 
     def forward(self, tokens: Tensor, attend: list[Attend] | None = None) -> Tensor:
         """attend: one callable a layer in place of causal attention (generation has a cache)."""
         blocks = self.blocks(tokens.shape[1], tokens.device, attend)
         x = self.gpt_neox(self.embed(tokens), blocks)
-        self.before(self.embed_out)
+        self.gpt_neox.before(self.embed_out)
         return self.embed_out(x)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """x (B, T, h) of tokens (B, T)."""
-        self.before(self.gpt_neox.embed_in)
+        self.gpt_neox.before(self.gpt_neox.embed_in)
         if self.fused is not None:
             return self.fused.embed(tokens)
         return self.ops.embedding(tokens, self.gpt_neox.embed_in.weight)
@@ -141,7 +141,7 @@ class Pythia(nn.Module):
         return [partial(self._run, *both) for both in zip(layers, runs, strict=True)]
 
     def _run(self, layer: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        self.before(layer)
+        self.gpt_neox.before(layer)
         return run(x)
 
     def loss(self, rows: Tensor, scale: float | None = None) -> Tensor:
@@ -152,7 +152,7 @@ class Pythia(nn.Module):
 
     def head_loss(self, x: Tensor, targets: Tensor, scale: float | None) -> Tensor:
         """`loss` from the normalised x (M, h); targets (M,)."""
-        self.before(self.embed_out)
+        self.gpt_neox.before(self.embed_out)
         if self.fused is not None:
             return self.fused.loss(x, targets, scale)
         return self.ops.cross_entropy(self.embed_out(x), targets, scale)

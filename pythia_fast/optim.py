@@ -134,8 +134,7 @@ class AdamW:
 
         Nothing is under way between processes after it, which is how a run ends.
         """
-        if self.arrival is not None:
-            self.arrival.finish()
+        self._settle_weights()
         buffers = {"model": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         alone = self.mesh.degrees.world == 1
         return {
@@ -169,12 +168,18 @@ class AdamW:
     @torch.no_grad()
     def sync_weights(self, from_model: bool = False) -> None:
         """Copies master -> compute weights, or back after weights were drawn in the model."""
+        self._settle_weights()
         if from_model:
             self.own.take(self.master, self.weight)
         elif self._own_weight is not None:
             self._own_weight.copy_(self.master)
         if not from_model:
             self._share_weights()
+
+    def _settle_weights(self) -> None:
+        """Waits for all that is under way between processes: what it reads may be written then."""
+        if self.arrival is not None:
+            self.arrival.finish()
 
     def _share_weights(self) -> None:
         if self.arrival is not None:
@@ -325,8 +330,7 @@ class AdamW:
         the scale of a parameter, and biases do not decay: exactly p·lr for the sum.
         """
         c = self.config
-        if self.arrival is not None:
-            self.arrival.finish()  # all modules have run; what it reads is written now
+        self._settle_weights()
         if self._torch is not None:
             # the fused kernel divides gradients by grad_scale on the way (GradScaler's interface)
             self._torch.grad_scale = grad_scale.reciprocal()  # type: ignore[attr-defined]

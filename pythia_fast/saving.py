@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pythia_fast import checkpoint
+from pythia_fast.errors import InputError
 from pythia_fast.parallel.mesh import Mesh
 from pythia_fast.pieces import Pieces
 
@@ -131,13 +132,21 @@ class Stage:
 
 
 def host_memory(size: int, pinned: bool) -> np.ndarray:
-    """uint8 (size,), of no larger an allocation: torch rounds pinned memory to a power of two."""
+    """uint8 (size,), of no larger an allocation: torch rounds pinned memory to a power of two.
+
+    Raises InputError where the host does not pin so much.
+    """
     memory = np.empty(size, np.uint8)
     if pinned:
         runtime: Any = torch.cuda.cudart()
         portable = 1  # cudaHostRegisterPortable: in every context
-        torch.cuda.check_error(runtime.cudaHostRegister(memory.ctypes.data, size, portable))
-        weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data)
+        error = int(runtime.cudaHostRegister(memory.ctypes.data, size, portable))
+        if error:
+            say(
+                f"checkpoint.async: {size:,} bytes are not pinned (CUDA error {error}): slower copy"
+            )
+        else:
+            weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data)
     return memory
 
 

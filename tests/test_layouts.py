@@ -313,7 +313,11 @@ def held(module: ModuleType) -> None:
         page = load(REPOSITORY / f"configs/pythia-{size}.toml")
         summed = made(page.precision.sum_ranks, 1, 1, False, "1f1b", 1, "none", 4, page=page)
         assert summed.memory().states == width * page.model.parameters
-    for tensor, sequence, of_layer in ((1, False, 15), (4, False, 3 + 12 / 4), (4, True, 1 + 13 / 4)):
+    for tensor, sequence, of_layer in (
+        (1, False, 15),
+        (4, False, 3 + 12 / 4),
+        (4, True, 1 + 13 / 4),
+    ):
         found = made(1, tensor, 1, sequence, "1f1b", 1, "none", 1).memory()
         assert found.activations == 36 * of_layer * x
         assert found.logits == 2 * c.model.vocab_size * 2048 / tensor

@@ -133,6 +133,8 @@ def test_pinned_memory_is_registered_to_the_byte_while_it_is_used(
     class Runtime:
         def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
             assert flags == 1
+            if size == 7:
+                return 2  # cudaErrorMemoryAllocation
             registered[address] = size
             return 0
 
@@ -140,7 +142,6 @@ def test_pinned_memory_is_registered_to_the_byte_while_it_is_used(
             registered.pop(address)
 
     monkeypatch.setattr(torch.cuda, "cudart", Runtime)
-    monkeypatch.setattr(torch.cuda, "check_error", [None].__getitem__)  # 0 alone is no error
     memory = saving.host_memory(1000, pinned=True)
     assert registered == {memory.ctypes.data: 1000}
     tensor = torch.frombuffer(memory, dtype=torch.float32, count=3, offset=64)
@@ -150,6 +151,8 @@ def test_pinned_memory_is_registered_to_the_byte_while_it_is_used(
     del tensor
     assert not registered
     saving.host_memory(1000, pinned=False)
+    with pytest.raises(InputError, match=r"does not pin 7 bytes \(CUDA error 2\); false saves"):
+        saving.host_memory(7, pinned=True)
     assert not registered
 
 

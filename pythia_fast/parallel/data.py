@@ -157,7 +157,7 @@ class Arrival:
 
     def start(self, own: Tensor) -> None:
         """weight ← every process's own, which must stay as it is until all has arrived."""
-        self.finish()
+        assert not self._running, "what was under way was not waited for"
         parts = list(zip(self._own.buckets, self._own.of_own(own), strict=True))
         for i in range(-1, len(parts) - 1):
             bucket, part = parts[i]

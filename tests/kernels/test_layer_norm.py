@@ -37,6 +37,7 @@ MUTANTS = [
     Mutant("dy's row stride", FILE, "dy1 + i_row * stride_dy1", "dy1 + i_row * H"),
     Mutant("x's row stride", FILE, "\n    b_x = load_rows(x + i_row * stride_x, m_row", "\n    b_x = load_rows(x + i_row * H, m_row"),
     Mutant("one norm's gradient of x̂", FILE, "        b_dx = b_g\n", "        b_dx = b_dy1\n"),
+    Mutant("x̂ taken for its gradient", FILE, "        b_xhat = b_x\n", "        b_xhat = b_dy1\n"),
     Mutant("a single residual bias", FILE, "load_vector(residual_b2, H", "load_vector(residual_b1, H"),
     Mutant("residual of the wrong rows", FILE, "store_rows(residual + i_row * H", "store_rows(residual + (i_row ^ 1) * H"),
 ]  # fmt: skip

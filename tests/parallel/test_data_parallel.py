@@ -167,9 +167,9 @@ MUTANTS = [
 
 
 LATE_MUTANTS = [
-    Mutant("embedding too early", MODEL, "        self.before(self.gpt_neox.embed_in)\n", ""),
-    Mutant("layers too early", MODEL, "        self.before(layer)\n", ""),
-    Mutant("head too early", MODEL, '(M,)."""\n        self.before(self.embed_out)\n', '(M,)."""\n'),
+    Mutant("embedding too early", MODEL, "        self.gpt_neox.before(self.gpt_neox.embed_in)\n", ""),
+    Mutant("layers too early", MODEL, "        self.gpt_neox.before(layer)\n", ""),
+    Mutant("head too early", MODEL, '(M,)."""\n        self.gpt_neox.before(self.embed_out)\n', '(M,)."""\n'),
     Mutant("nothing is waited for", DATA, "for bucket in self._wanted[module]:", "for bucket in []:"),
     Mutant("autograd counts arrivals", DATA, "weight.data, own, group", "weight, own, group"),
     Mutant("one bucket of a layer", DATA, "for bucket in self._wanted[module]:", "for bucket in self._wanted[module][:1]:"),
