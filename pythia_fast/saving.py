@@ -142,11 +142,11 @@ def host_memory(size: int, pinned: bool) -> np.ndarray:
         portable = 1  # cudaHostRegisterPortable: in every context
         error = int(runtime.cudaHostRegister(memory.ctypes.data, size, portable))
         if error:
-            say(
-                f"checkpoint.async: {size:,} bytes are not pinned (CUDA error {error}): slower copy"
+            raise InputError(
+                f"checkpoint.async = true: this host does not pin {size:,} bytes (CUDA error "
+                f"{error}); false saves without"
             )
-        else:
-            weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data)
+        weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data)
     return memory
 
 
