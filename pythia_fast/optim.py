@@ -229,7 +229,8 @@ class AdamW:
 
             @torch.no_grad()
             def take(p: nn.Parameter, flat: Tensor = flat) -> None:
-                self._take(p, flat)
+                if p.grad is not None:  # else the fused embedding or head has taken it on the way
+                    self._take(p, flat)
 
             parameter.register_post_accumulate_grad_hook(take)
         total = self._own_grad if self._sum is None else self._sum
