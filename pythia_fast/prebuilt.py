@@ -1,5 +1,8 @@
 """Kernels that were compiled before: PYTHIA_FAST_AOT names the directory (`pythia-fast prebuild`).
 
+Where it is not set, the one that the installed package carries, if it carries one; set to nothing,
+none.
+
 Triton looks a kernel up by a hash of its source and of what it calls, its arguments' types,
 constants and alignment, its options, the GPU, and the compiler. The directory is laid out by that
 key, so what another version or configuration needs is not found there, whatever the names: it is
@@ -22,14 +25,17 @@ from pythia_fast.errors import InputError
 from pythia_fast.progress import say
 
 VARIABLE = "PYTHIA_FAST_AOT"
+CARRIED = Path(__file__).parent / "prebuilt_kernels"  # by a wheel (CMakeLists.txt)
 
 
 class PrebuiltCache(CacheManager):
     """What Triton asks for its files, one a key: the directory first, then Triton's own cache."""
 
+    source = VARIABLE  # who names the directory
     directory = Path()
     kernels: frozenset[str] = frozenset()
     missed = False  # whether it was said that a kernel is compiled
+    refused: Path | None = None  # what was said to be of another Triton
 
     def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
         self._arguments = (key, override, dump)
@@ -55,7 +61,7 @@ class PrebuiltCache(CacheManager):
         if not PrebuiltCache.missed:
             PrebuiltCache.missed = True
             say(
-                f"{VARIABLE}: {name} is not in {self.directory} as this run launches it; it is"
+                f"{self.source}: {name} is not in {self.directory} as this run launches it; it is"
                 " compiled now, and so are others of which that is true"
             )
 
@@ -70,24 +76,35 @@ class PrebuiltCache(CacheManager):
 
 
 def use_prebuilt() -> None:
-    """Has Triton look in the directory that the environment names, if it names one.
+    """Has Triton look in the directory that the environment names, or in the package's own.
 
     Raises InputError where that is no such directory. One of another Triton is left alone, and
     that is said.
     """
     named = os.environ.get(VARIABLE)
-    if not named or knobs.cache.manager_class is PrebuiltCache:
+    if named is None and CARRIED.exists():
+        source, directory = "the package's kernels", CARRIED
+    elif named:
+        source, directory = VARIABLE, Path(named).resolve()
+    else:
         return
-    directory = Path(named).resolve()
+    if knobs.cache.manager_class is PrebuiltCache or directory == PrebuiltCache.refused:
+        return
     try:
         manifest = json.loads((directory / "manifest.json").read_text())
         version, kernels = manifest["triton"], frozenset(manifest["kernels"])
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
-            f"{VARIABLE}={named}: no manifest.json of `pythia-fast prebuild` there"
+            f"{source}: no manifest.json of `pythia-fast prebuild` in {directory}"
         ) from None
     if version != __version__:
-        say(f"{VARIABLE}: {named} is of triton {version}, this is {__version__}: compiling instead")
+        PrebuiltCache.refused = directory
+        versions = f"is of triton {version}, this is {__version__}"
+        say(f"{source}: {directory} {versions}: compiling instead")
         return
-    PrebuiltCache.directory, PrebuiltCache.kernels = directory, kernels
+    PrebuiltCache.source, PrebuiltCache.directory, PrebuiltCache.kernels = (
+        source,
+        directory,
+        kernels,
+    )
     knobs.cache.manager_class = PrebuiltCache
