@@ -169,6 +169,11 @@ class Parallel:
         600.0, "seconds without an answer after which a process is given up, once a step is done"
     )
 
+    @property
+    def processes(self) -> int:
+        """Of the layout; data-parallel ones that are left to the launch (-1) count as one."""
+        return self.tensor * self.pipeline * max(self.data, 1)
+
 
 @dataclass(frozen=True)
 class Checkpoint:

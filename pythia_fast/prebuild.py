@@ -18,6 +18,7 @@ from typing import Any
 from pythia_fast.config import Config, to_toml
 from pythia_fast.data.files import publish
 from pythia_fast.errors import InputError
+from pythia_fast.parallel.degrees import degrees
 
 GPUS = ("A100", "H100", "H200", "B200")
 VARIABLE = "PYTHIA_FAST_AOT"
@@ -26,15 +27,13 @@ VARIABLE = "PYTHIA_FAST_AOT"
 def prebuild(config: Config, gpu: str, out: Path) -> dict[str, Any]:
     """Adds a page's kernels for a GPU to the directory `out`.
 
-    What is there is not compiled again. Returns a row: "launched" (kernels by name),
-    "compiled", "kept", "bytes" of the cubins compiled, "seconds". Several data-parallel processes
-    find all kernels but those of an update whose share of the parameters is of another kind. Raises
-    InputError.
+    What is there is not compiled again. Returns a row: "processes" of the page's layout, "ranks" of
+    them that rehearsed, since all others launch what one of these does; "launched" (kernels by
+    name), "compiled", "kept", "bytes" of the cubins compiled, "seconds". Raises InputError.
     """
     if gpu not in GPUS:
         raise InputError(f"--gpu {gpu}: not one of {', '.join(GPUS)}")
-    if config.parallel.tensor * config.parallel.pipeline > 1:
-        raise InputError("parallel: kernels of a share of the layers are not rehearsed yet")
+    degrees(config, config.parallel.processes)  # before anything is made
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     manifest_file = out / "manifest.json"
@@ -44,11 +43,11 @@ def prebuild(config: Config, gpu: str, out: Path) -> dict[str, Any]:
         page.write_text(to_toml(config))
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": str(cache), "TRITON_STORE_BINARY_ONLY": "1"}
-        environment.pop(VARIABLE, None)
-        if manifest:
-            environment[VARIABLE] = str(out)
+        environment[VARIABLE] = str(out) if manifest else ""
         command = [sys.executable, "-m", "pythia_fast.rehearsal", str(page), gpu]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+        if done.returncode == 2:
+            raise InputError(done.stdout.strip())
         if done.returncode:
             raise InputError(f"the rehearsal of the page ended with exit code {done.returncode}")
         rehearsed = json.loads(done.stdout)
@@ -59,6 +58,8 @@ def prebuild(config: Config, gpu: str, out: Path) -> dict[str, Any]:
         file.write(json.dumps({"triton": rehearsed["triton"], "kernels": known}).encode())
     return {
         "gpu": gpu,
+        "processes": config.parallel.processes,
+        "ranks": rehearsed["ranks"],
         "launched": len(launched),
         "compiled": len(compiled),
         "kept": rehearsed["different"] - len(compiled),

@@ -3,9 +3,10 @@
     python -m pythia_fast.rehearsal PAGE.toml GPU       in a process of its own (`prebuild.py`)
 
 The step is the trainer's own, on the meta device: shapes, strides and offsets are those of the run,
-and no tensor has memory. Triton's JIT sees what it sees at a launch (dtypes, constants, which
-integers and addresses are multiples of 16), for the GPU that is named, and launches nothing. With
-that its cache holds the step's kernels under the keys that a run looks up.
+and no tensor has memory. Of the processes of a layout one of each kind takes it, in a group that
+sends nothing. Triton's JIT sees what it sees at a launch (dtypes, constants, which integers and
+addresses are multiples of 16), for the GPU that is named, and launches nothing. With that its cache
+holds the step's kernels under the keys that a run looks up.
 """
 
 from __future__ import annotations
@@ -14,14 +15,24 @@ import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pythia_fast.config import Config, load
+from pythia_fast.errors import InputError
+from pythia_fast.parallel.degrees import Degrees, degrees
 from pythia_fast.progress import say
+
+if TYPE_CHECKING:
+    from pythia_fast.flat import Layout
+    from pythia_fast.parallel.mesh import Mesh
 
 META = torch.device("meta")
 
@@ -54,29 +65,130 @@ class Argument:
         return 0
 
 
-def rehearse(config: Config) -> None:
-    """Two microbatches, of which the first writes gradients and the second adds, and an update.
+# --- who rehearses what ---------------------------------------------------------------------------
 
-    Two also because every second row begins at an odd multiple of 8 bytes. With held-out data their
-    loss without gradients, too. Only where `stand_in` has made the kernels accept such tensors.
+
+def rehearse(config: Config) -> int:
+    """A step and held-out rows of every rank that launches kernels of its own; how many these are.
+
+    Raises InputError. Only where `stand_in` has made the kernels accept tensors without memory.
+    """
+    whole, count = degrees(config, config.parallel.processes), 0
+    of_stage = whole.data * whole.tensor
+    for stage in different_stages(config):
+        layout, seen = None, set[tuple[object, ...]]()
+        for rank in range(stage * of_stage, (stage + 1) * of_stage):
+            _, copy, part = whole.coordinates(rank)
+            kinds: set[tuple[object, ...]] = {("start", *vocabulary_start(config, part))}
+            if layout is not None:
+                kinds.add(("counts", *counts(config, layout, copy)))
+                if kinds <= seen:
+                    continue
+            if whole.world > 1:
+                say(f"rank {rank} of {whole.world}: stage {stage}, copy {copy}, part {part}")
+            with place(whole, rank) as mesh:
+                layout = rehearse_rank(config, mesh)
+            seen |= {*kinds, ("counts", *counts(config, layout, copy))}
+            count += 1
+    return count
+
+
+def different_stages(config: Config) -> Iterator[int]:
+    """One place in the pipeline of each kind: layers, embedding, head of its stages."""
+    from pythia_fast.parallel.pipeline import layers_of_stages
+
+    every, seen = layers_of_stages(config), set[tuple[object, ...]]()
+    for stage in range(config.parallel.pipeline):
+        own = every[stage :: config.parallel.pipeline]
+        kind = (own[0].start == 0, own[-1].stop == config.model.layers, *map(len, own))
+        if kind not in seen:
+            seen.add(kind)
+            yield stage
+
+
+def counts(config: Config, layout: Layout, copy: int) -> tuple[int, ...]:
+    """How many elements of each kind of parameter a data-parallel process updates."""
+    from pythia_fast.parallel.data import Ownership
+
+    p = config.parallel
+    shared = p.shard == "optimizer" and p.data > 1
+    own = Ownership(layout.buckets, p.data if shared else 1, copy if shared else 0)
+    ends = layout.decay_until, layout.replicated_from, layout.row_biases_from
+    return own.size, *map(own.below, ends)
+
+
+def vocabulary_start(config: Config, part: int) -> tuple[bool, bool]:
+    """What Triton asks of the first token id of a tensor-parallel process: is it 1, 16·n?"""
+    start = part * (config.model.vocab_size // config.parallel.tensor)
+    return start == 1, start % 16 == 0
+
+
+@contextmanager
+def place(whole: Degrees, rank: int) -> Iterator[Mesh]:
+    """The mesh of one of processes that do not exist: nothing is sent, nothing arrives."""
+    import torch.distributed as dist
+    import torch.distributed._tools.fake_collectives  # noqa: F401  torch < 2.13: on meta tensors
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from pythia_fast.parallel.mesh import Mesh
+
+    if whole.world == 1:
+        yield Mesh.alone(META)
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=whole.world)
+    try:
+        yield Mesh(whole, rank, META)
+    finally:
+        dist.destroy_process_group()
+
+
+# --- a rank's step --------------------------------------------------------------------------------
+
+
+def rehearse_rank(config: Config, mesh: Mesh) -> Layout:
+    """A step of few microbatches and a pass over held-out rows; where the parameters lie.
+
+    Two microbatches: the first writes gradients, the second adds, and every second row begins at an
+    odd multiple of 8 bytes. Of a pipeline twice as many as it has stages, and its own schedule.
     """
     from pythia_fast.assemble import assemble
     from pythia_fast.ops import select
-    from pythia_fast.parallel.mesh import Mesh
     from pythia_fast.train import Trainer
 
+    t, copies = config.train, mesh.degrees.data
+    ranks = config.precision.ranks if copies == 1 else 1
+    microbatches = min(
+        t.batch_size // (copies * ranks * t.micro_batch_size), 2 * config.parallel.pipeline
+    )
+    rows = microbatches * ranks * t.micro_batch_size  # of this process
+    config = replace(config, train=replace(t, batch_size=rows * copies))
     trainer: Any = object.__new__(Trainer)  # without its data
     ops = select("triton", META, config.kernels.deterministic)
-    trainer.config, trainer.device, trainer.mesh = config, META, Mesh.alone(META)
-    trainer.model, trainer.optimizer, trainer.pipeline = assemble(config, trainer.mesh, ops)
-    count = 2 * config.train.micro_batch_size * config.precision.ranks
-    shape = (min(count, config.train.batch_size), config.data.seq_len + 1)
-    tokens = torch.empty(shape, dtype=torch.int64, device=META)
-    trainer._on_device(tokens)
+    trainer.config, trainer.device, trainer.mesh = config, META, mesh
+    trainer.model, trainer.optimizer, trainer.pipeline = assemble(config, mesh, ops)
+    trainer._on_device(_tokens(rows, config))
     if config.data.valid_prefix:
-        with torch.no_grad():
-            for rows in tokens.split(config.train.micro_batch_size):
-                trainer.model.loss(rows, 1.0)
+        _evaluate(trainer)
+    layout: Layout = trainer.optimizer.layout
+    return layout
+
+
+@torch.no_grad()
+def _evaluate(trainer: Any) -> None:
+    """Held-out rows: an odd and an even microbatch, and the last where it has fewer rows."""
+    c = trainer.config
+    whole, rest = divmod(c.train.valid_rows, c.train.micro_batch_size)
+    rows = (whole if whole < 3 else 2 + whole % 2) * c.train.micro_batch_size + rest
+    loss = trainer.model.loss if trainer.pipeline is None else trainer.pipeline.evaluate
+    for microbatch in _tokens(rows, c).split(c.train.micro_batch_size):
+        loss(microbatch, 1.0)
+
+
+def _tokens(rows: int, config: Config) -> Tensor:
+    return torch.empty((rows, config.data.seq_len + 1), dtype=torch.int64, device=META)
+
+
+# --- what stands in for a GPU and for other processes ---------------------------------------------
 
 
 def stand_in(chip: Chip) -> dict[str, set[str]]:
@@ -103,7 +215,20 @@ def stand_in(chip: Chip) -> dict[str, set[str]]:
     )
     torch.Tensor.item = lambda self: 1.0  # type: ignore[method-assign]
     torch.Tensor.__bool__ = lambda self: True  # type: ignore[method-assign]
+    _stand_in_for_processes()
     return _compile_for(chip)
+
+
+def _stand_in_for_processes() -> None:
+    """What torch's fake groups lack: groups of another backend, tensors on the meta device."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    new_group, cpu = dist.new_group, {k: v for k, v in vars(torch.cpu).items() if k[0] != "_"}
+    dist.new_group = lambda *ranks, **named: new_group(*ranks, **named | {"backend": None})
+    dist.batch_isend_irecv = lambda p2p_op_list: []  # between stages
+    torch.meta = SimpleNamespace(**cpu | {"current_device": lambda: 0})  # type: ignore[attr-defined]
+    FSDPParamGroup._validate_no_meta_params = lambda self: None  # type: ignore[method-assign]
 
 
 def _compile_for(chip: Chip) -> dict[str, set[str]]:
@@ -148,8 +273,12 @@ def main(page: str, gpu: str) -> int:
     PrebuiltCache.missed = True  # to compile is what this is for
     config = load(Path(page), [])
     launched = stand_in(CHIPS[gpu])
-    rehearse(config)
-    found = {"triton": triton.__version__, "kernels": sorted(launched)}
+    try:
+        ranks = rehearse(config)
+    except InputError as error:
+        print(error)
+        return 2
+    found = {"triton": triton.__version__, "kernels": sorted(launched), "ranks": ranks}
     print(json.dumps(found | {"different": sum(map(len, launched.values()))}))
     return 0
 
