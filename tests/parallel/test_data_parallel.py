@@ -26,7 +26,12 @@ BF16_LOSSES = 2e-3  # a weight may be rounded the other way: half a unit in the 
 
 FP32 = ["--precision.compute", "fp32"]
 # few rows: kernels are interpreted
-TINY = ["--train.batch_size", "4", "--train.valid_rows", "2", *FP32]
+TINY = ["--train.batch_size", "4", "--train.valid_rows", "2"]
+ARRIVALS = {
+    "fp32": FP32,  # the master itself is sent
+    "bf16": ["--precision.compute", "bf16"],
+    "fused": [*FP32, "--kernels.backend", "triton", "--model.hidden", "128"],
+}
 ON_OPS = [*FP32, "--optimizer.backend", "triton"]  # the op's update, not torch's AdamW
 
 
@@ -114,14 +119,15 @@ def test_buckets_set_off_while_the_backward_pass_runs(ranks: Ranks, page: Path) 
         assert torch.equal(weight, late[0]["weights"][name]), name
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_weights_arrive_while_the_next_step_begins(backend: str, ranks: Ranks, page: Path) -> None:
+@pytest.mark.parametrize("kind", ARRIVALS)
+def test_weights_arrive_while_the_next_step_begins(kind: str, ranks: Ranks, page: Path) -> None:
     """None is read before it is waited for, though it came at the last moment: to the bit."""
-    flags = ["--kernels.backend", backend, *TINY]
+    flags = [*TINY, *ARRIVALS[kind]]
     at_once, late = (
         ranks.call(2, call, page, flags, 3)
         for call in (data_parallel.steps, data_parallel.late_steps)
     )
+    assert all(result["fused"] == (kind == "fused") for result in late)
     check_same_steps(late, at_once)
 
 
@@ -220,12 +226,12 @@ def test_mutants_are_killed(
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("kind", ["fp32", "fused"])
 @pytest.mark.parametrize("mutant", LATE_MUTANTS, ids=lambda m: m.name)
 def test_mutants_that_read_too_early_are_killed(
-    mutant: Mutant, backend: str, ranks: Ranks, page: Path
+    mutant: Mutant, kind: str, ranks: Ranks, page: Path
 ) -> None:
-    flags = ["--kernels.backend", backend, *TINY]
+    flags = [*TINY, *ARRIVALS[kind]]
     wanted = ranks.call(2, data_parallel.steps, page, flags, 3)
     with pytest.raises((AssertionError, RanksFailed)) as killed:
         call = data_parallel.steps_of_mutant

@@ -62,6 +62,7 @@ def steps(page: Path, flags: list[str], count: int, bucket: int = 1) -> dict[str
             "weights": {n: whole(p.detach()) for n, p in trainer.model.named_parameters()},
             "master": held(trainer, o.master), "exp_avg_sq": held(trainer, o.exp_avg_sq),
             "valid": trainer.validate(), "early": early, "buckets": len(o.layout.buckets), "states": o.master.numel(),
+            "fused": trainer.model.fused is not None,
         }  # fmt: skip
 
 
