@@ -25,7 +25,9 @@ from bench.bench_train import configuration, synthetic_batch
 from bench.processes import Case
 from bench.record import Row, times
 from pythia_fast.config import load, to_toml
-from pythia_fast.prebuild import GPUS, VARIABLE, prebuild
+from pythia_fast.errors import InputError
+from pythia_fast.prebuild import GPUS, prebuild
+from pythia_fast.prebuilt import VARIABLE
 
 REPEATS, KERNEL_REPEATS = 15, 3
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,11 +64,17 @@ def measure(size: str | None = None, repeats: int = REPEATS) -> Iterator[Row]:
 
 
 def _gpu() -> str:
-    """This GPU, or the one whose kernels are compiled where there is none."""
+    """This GPU, or the one whose kernels are compiled where there is none.
+
+    Raises InputError for a GPU of which no kernels are prebuilt.
+    """
     if not torch.cuda.is_available():
         return "H100"
     name = torch.cuda.get_device_name()
-    return next((gpu for gpu in GPUS if gpu in name), "H100")
+    for gpu in GPUS:
+        if gpu in name:
+            return gpu
+    raise InputError(f"{name}: kernels are prebuilt for {', '.join(GPUS)}")
 
 
 def _milliseconds(command: Sequence[str], extra: dict[str, str], repeats: int) -> list[float]:

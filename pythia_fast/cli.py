@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pythia_fast import __version__
-from pythia_fast.command import Parser, add_command, print_rows, several, speaks
+from pythia_fast.command import Parser, add_command, print_rows, several, some_path, speaks
 from pythia_fast.data.cli import add_data_commands
 from pythia_fast.errors import InputError, outcome
 
@@ -204,7 +204,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _prebuild(options: argparse.Namespace) -> None:
     from pythia_fast.config import load
-    from pythia_fast.prebuild import VARIABLE, prebuild
+    from pythia_fast.prebuild import prebuild
+    from pythia_fast.prebuilt import VARIABLE
 
     row = prebuild(load(options.config, options.overrides), options.gpu.upper(), options.out)
     text = (
@@ -281,14 +282,14 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument(
         "directory", type=Path, help="with config.json and weights, or global_step<N> of GPT-NeoX"
     )
-    bring.add_argument("--run", type=Path, required=True, help="new run directory")
+    bring.add_argument("--run", type=some_path, required=True, help="new run directory")
     bring.add_argument("--yaml", type=Path, help="the NeoX run's page: heads, rates, batch")
     export = add_command(
         commands, "export", _export, "a checkpoint to a Hugging Face or NeoX directory",
         "pythia-fast export runs/quickstart/checkpoints/step600 --out hf/",
     )  # fmt: skip
     export.add_argument("checkpoint", type=Path, help="a checkpoint folder")
-    export.add_argument("--out", type=Path, required=True, help="new directory")
+    export.add_argument("--out", type=some_path, required=True, help="new directory")
     export.add_argument("--format", choices=("hf", "neox"), default="hf")
     export.add_argument("--tensor", type=int, help="neox: tensor-parallel ranks (1)")
     export.add_argument("--ranks", type=int, help="neox: data-parallel ranks (1)")
@@ -334,8 +335,10 @@ def _parser() -> argparse.ArgumentParser:
         "pythia-fast prebuild configs/pythia-1b.toml --gpu H100 --out kernels-h100",
         takes_config=True,
     )  # fmt: skip
-    prebuild.add_argument("--gpu", required=True, help="H100, H200, A100 or B200")
-    prebuild.add_argument("--out", type=Path, required=True, help="directory, may hold other pages")
+    prebuild.add_argument("--gpu", required=True, help="A100, H100 or H200 (SXM), or B200")
+    prebuild.add_argument(
+        "--out", type=some_path, required=True, help="directory, may hold other pages"
+    )
     bench = add_command(
         commands, "bench", _bench, "kernels and training beside their peers, in one run",
         "pythia-fast bench --minutes 9 --out runs/bench --only train",

@@ -48,6 +48,13 @@ def _keys_page(example: str) -> str:
     return "\n".join(lines)
 
 
+def some_path(text: str) -> Path:
+    """A flag's path; an empty one is no folder of its own but the one a shell variable forgot."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path")
+    return Path(text)
+
+
 def several() -> bool:
     """Whether this process is one of several of a launch."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -8,6 +8,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from pythia_fast.errors import InputError
+
 
 def examine() -> list[dict[str, Any]]:
     """One row a capability: {"what", "ok", "required", "found"}; `found` says how to get it."""
@@ -29,7 +31,32 @@ def examine() -> list[dict[str, Any]]:
     cmake = shutil.which("cmake")
     otherwise = "none. For the kernel library (docs/library.md): pip install cmake"
     rows.append(_row("cmake", bool(cmake), cmake or otherwise))
-    return rows
+    return rows + _prebuilt()
+
+
+def _prebuilt() -> list[dict[str, Any]]:
+    """The directory of kernels that a run on a GPU would use, where there is one."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    from triton import __version__
+
+    from pythia_fast import prebuilt
+
+    found = prebuilt.chosen()
+    if found is None:
+        return []
+    source, directory = found
+    what = f"{source}: {directory}"
+    try:
+        version = prebuilt.version_of(directory)
+    except InputError as error:
+        return [_row("prebuilt kernels", False, f"{source}: {error}")]
+    if version != __version__:
+        return [_row("prebuilt kernels", False, f"{what} is of triton {version}, not used")]
+    seals = list(directory.glob(f"*/*{prebuilt.SEAL}"))
+    whole = sum(prebuilt.sealed(f.parent, f.stem) is not None for f in seals)
+    what = f"{what}, {whole} of {len(seals)} whole"
+    return [_row("prebuilt kernels", whole == len(seals), what)]
 
 
 def install(extra: str) -> str:

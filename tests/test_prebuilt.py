@@ -238,6 +238,57 @@ def test_a_mismatch_compiles_and_says_so_once(built: tuple[Path, Path], tmp_path
     assert len(said) == 1 and "compiled now" in said[0]
 
 
+FILE = "_gelu_fwd_kernel"
+TORN: dict[str, Callable[[Path], object]] = {
+    "no cubin": lambda folder: (folder / f"{FILE}.cubin").unlink(),
+    "half a cubin": lambda folder: os.truncate(folder / f"{FILE}.cubin", 100),
+    "half the words": lambda folder: os.truncate(folder / f"{FILE}.json", 20),
+    "no seal": lambda folder: (folder / f"{FILE}.sha256").unlink(),
+    "no text": lambda folder: (folder / f"{FILE}.sha256").write_bytes(b"\xff"),
+    "a folder in its place": lambda folder: ((folder / f"{FILE}.json").unlink(), (folder / f"{FILE}.json").mkdir()),
+}  # fmt: skip
+
+
+def test_what_is_torn_is_not_there(built: tuple[Path, Path], tmp_path: Path) -> None:
+    for what, tear in TORN.items():
+        folder = tmp_path / what
+        shutil.copytree(next(built[1].glob(f"*/{FILE}.json")).parent, folder)
+        (folder / f".{FILE}.cubin.aB3x").write_bytes(b"of a copy under way")
+        files = {f"{FILE}{kind}": str(folder / f"{FILE}{kind}") for kind in (".cubin", ".json")}
+        assert prebuilt.sealed(folder, FILE) == files
+        tear(folder)
+        assert prebuilt.sealed(folder, FILE) is None, what
+
+
+def test_torn_kernels_are_compiled_again(
+    built: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a run, which says so, and by prebuild, which mends them."""
+    path, directory = built
+    own = tmp_path / "kernels"
+    shutil.copytree(directory, own)
+    (torn,) = own.glob(f"*/{FILE}.cubin")
+    os.truncate(torn, 100)
+    environment = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), prebuilt.VARIABLE: str(own)}
+    done = rehearse("cubins", path, **environment)
+    assert done.stdout == "1\n" and f"{FILE} is not in" in done.stderr
+    assert main(["prebuild", str(path), "--gpu", "H100", "--out", str(own), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["compiled"] == 1
+    assert prebuilt.sealed(torn.parent, FILE) is not None
+
+
+def test_a_cache_that_was_chosen_stays_behind(
+    use: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Chosen(prebuilt.FileCacheManager):
+        pass
+
+    (tmp_path / "manifest.json").write_text(json.dumps({"triton": triton.__version__}))
+    monkeypatch.setattr(triton.knobs.cache, "manager_class", Chosen)
+    use(tmp_path)
+    assert isinstance(prebuilt.PrebuiltCache("key").own, Chosen)
+
+
 def test_building_again_keeps_what_is_there(
     built: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,7 +297,7 @@ def test_building_again_keeps_what_is_there(
     command = ["prebuild", str(path), "--gpu", "H100", "--out", str(directory), "--json"]
     assert main(command) == 0
     row = json.loads(capsys.readouterr().out)
-    assert (row["compiled"], row["kept"], row["launched"]) == (0, len(files) // 2, row["launched"])
+    assert (row["compiled"], row["kept"]) == (0, len(files) // 3)
     assert {f: f.stat().st_mtime_ns for f in directory.glob("*/*")} == files
 
 
@@ -259,7 +310,7 @@ def use(
     carried: it is the package's own. named: the environment's word.
     """
     monkeypatch.setattr(triton.knobs.cache, "manager_class", None)
-    for name in ("source", "directory", "kernels", "refused"):  # put back at the end
+    for name in ("source", "directory", "behind", "refused"):  # put back at the end
         monkeypatch.setattr(prebuilt.PrebuiltCache, name, getattr(prebuilt.PrebuiltCache, name))
 
     def call(directory: Path, carried: bool = False, named: str | None = None) -> tuple[Any, str]:
@@ -279,14 +330,14 @@ def use(
 def test_of_another_triton_it_is_left_alone(
     use: Callable[..., Any], tmp_path: Path, carried: bool
 ) -> None:
-    (tmp_path / "manifest.json").write_text('{"triton": "3.0.0", "kernels": []}')
+    (tmp_path / "manifest.json").write_text('{"triton": "3.0.0"}')
     manager, said = use(tmp_path, carried)
     assert manager is None
     assert f"is of triton 3.0.0, this is {triton.__version__}" in said and said.count("\n") == 1
     assert ("the package's kernels" if carried else prebuilt.VARIABLE) in said
 
 
-@pytest.mark.parametrize("manifest", [None, "no JSON", "[]", '{"kernels": []}'])
+@pytest.mark.parametrize("manifest", [None, "no JSON", "[]", '{"version": 1}'])
 def test_no_such_directory_is_bad_input(
     use: Callable[..., Any], tmp_path: Path, manifest: str | None
 ) -> None:
@@ -301,14 +352,12 @@ def test_the_package_carries_its_own(use: Callable[..., Any], tmp_path: Path) ->
     other = tmp_path / "other"
     other.mkdir()
     for where in (tmp_path, other):
-        manifest = {"triton": triton.__version__, "kernels": [where.name]}
-        (where / "manifest.json").write_text(json.dumps(manifest))
+        (where / "manifest.json").write_text(json.dumps({"triton": triton.__version__}))
     assert use(tmp_path, carried=True, named="") == (None, "")
     for named, used in ((None, tmp_path), (str(other), other)):
         triton.knobs.cache.manager_class = None
         assert use(tmp_path, carried=True, named=named) == (prebuilt.PrebuiltCache, "")
         assert prebuilt.PrebuiltCache.directory == used
-        assert prebuilt.PrebuiltCache.kernels == {used.name}
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake here")
@@ -348,7 +397,17 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, line in (
         (["--gpu", "V100"], "--gpu V100: not one of A100, H100, H200, B200"),
         (["--gpu", "H100", "--parallel.pipeline", "2"], "are fewer than the 2 pipeline stages"),
+        (["--gpu", "H100", "--kernels.backend", "reference"], "'reference' launches no kernel"),
+        (["--gpu", "H100", "--out", ""], "expected a path"),
     ):
         assert main(["prebuild", str(path), "--out", str(out), *flags]) == 2
         assert line in capsys.readouterr().err
     assert not out.exists()
+    out.mkdir()
+    for manifest, line in (
+        ('{"triton": "3.', "no manifest.json of `pythia-fast prebuild` in"),
+        ('{"triton": "3.0.0"}', f"is of triton 3.0.0, this is {triton.__version__}: name another"),
+    ):
+        (out / "manifest.json").write_text(manifest)
+        assert main(["prebuild", str(path), "--out", str(out), "--gpu", "H100"]) == 2
+        assert line in capsys.readouterr().err
