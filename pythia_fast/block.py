@@ -28,7 +28,8 @@ norms' kernel, and nothing is copied by autograd, which sees x and y alone. The 
 are added in fp32 by the products themselves, in the optimizer's flat gradient; the first microbatch
 of a step overwrites. Σ_rows dy, the gradient of bo and of b2, is a by-product of the block above:
 its dx is this block's dy, and its norms' kernel sums dx before it is rounded. Zero-bubble pipelines
-let the three products of the weights wait (`Block.waiting`), with their operands.
+let the three products of the weights wait (`Block.waiting`), with their operands: no product then
+runs beside the all-reduce.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Everything is arithmetic on `plan` (kernels), `stages` (parts of the model) and 
     step = M·c + bubble + exposed communication + optimizer      c: of the slowest pipeline rank
 
 bubble: the other ranks' share of filling and draining the pipeline, as in `simulation`. Exposed:
-- tensor: all of it; nothing else runs meanwhile.
+- tensor: all of it, though the products of a layer's weights run beside its backward all-reduce.
 - data, shard none or optimizer: what is left of a bucket a layer after the last microbatch's
   backward (gradients) and after the first forward (weights); at least one bucket of each.
 - data, shard full: per microbatch, the first gather and the last reduce-scatter, and what a layer's

@@ -94,6 +94,11 @@ def ranked(c: Config, gpus: int, gpu: str, network: str | None = None) -> list[E
         raise InputError(f"--gpus {gpus}: 1 to {MOST_GPUS} are planned")
     card, on = plan.known(gpu), fabric(gpu, network)
     plan.must_be_16_bit(c)
+    if c.parallel.schedule == "zero-bubble" and c.parallel.stages_per_rank > 1:
+        raise InputError(
+            f"parallel.stages_per_rank = {c.parallel.stages_per_rank}: zero-bubble is planned with "
+            "one stage a process"
+        )
     best: dict[tuple[Any, ...], tuple[float, Estimate]] = {}
     found = 0
     for layout in candidates(c, gpus):

@@ -137,6 +137,10 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
             "--gpus 16 --precision.sum_ranks 64",
             "parallel.data = 16 is not precision.sum_ranks = 64",
         ),
+        (
+            "--gpus 8 --recipe modern --parallel.schedule zero-bubble --parallel.stages_per_rank 2",
+            "stages_per_rank = 2: zero-bubble is planned with one stage a process",
+        ),
         ("--parallel.pipeline 0", "parallel.pipeline = 0 must be positive"),
         ("--parallel.tensor 3", "model.heads = 40 is not divisible by parallel.tensor = 3"),
         ("--gpus 8 --recipe modern --timeline x.png", "--parallel.pipeline above 1 is needed"),
