@@ -8,20 +8,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-import torch
 from kernel_proof import Mutant, load_mutant
-from parallel_proof import gathered
+from parallel_proof import held, whole
+from parallel_proof import step as one_step
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 import pythia_fast.assemble
 import pythia_fast.flat
 import pythia_fast.optim
 import pythia_fast.train
 from pythia_fast.config import load
-from pythia_fast.data.loader import read_batch
 from pythia_fast.parallel import data
-from pythia_fast.parallel.data import in_place_of
 from pythia_fast.parallel.mesh import all_gather, joined
 from pythia_fast.train import Trainer
 
@@ -49,9 +46,9 @@ def steps(page: Path, flags: list[str], count: int, bucket: int = 1) -> dict[str
             finish = reduction.finish
             reduction.finish = lambda: (early.append(len(reduction._running)), finish())  # type: ignore[method-assign]
         for step in range(count):
-            loss, norm = trainer.train_step(tokens_of(trainer, step))
-            losses.append(loss.item())
-            norms.append(norm.item())
+            loss, norm = one_step(trainer, step)
+            losses.append(loss)
+            norms.append(norm)
             if step == 0:
                 gradients = held(trainer, trainer.optimizer._own_grad)
         o = trainer.optimizer
@@ -106,27 +103,3 @@ def late_steps(page: Path, flags: list[str], count: int) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "all_gather", Late)
         return steps(page, flags, count)
-
-
-def tokens_of(trainer: Trainer, step: int) -> Tensor:
-    c = trainer.config
-    batch = read_batch(trainer.rows, step, c.train.batch_size, c.model.vocab_size, trainer._share())
-    return torch.from_numpy(batch.tokens.astype("int64"))
-
-
-def held(trainer: Trainer, own: Tensor) -> dict[str, Tensor]:
-    """A buffer of this process's own elements, whole; padding and gaps would show as NaN."""
-    o = trainer.optimizer
-    if o._full:
-        like = dict(trainer.model.named_parameters())
-        parts = o.views(own).items()
-        return {name: whole(in_place_of(like[name], part)) for name, part in parts}
-    flat = own
-    if o._sharded:
-        flat = gathered(trainer, own)
-    return {name: view.clone() for name, view in o.views(flat).items()}
-
-
-def whole(t: Tensor) -> Tensor:
-    """A copy; of a DTensor, from all processes' parts."""
-    return t.full_tensor() if isinstance(t, DTensor) else t.clone()

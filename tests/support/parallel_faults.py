@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pythia_fast import block, train
 from pythia_fast.config import Config
+from pythia_fast.data.loader import Share
 from pythia_fast.optim import AdamW
 from pythia_fast.parallel import pipeline, tensor
 from pythia_fast.parallel.pipeline import Pipeline, Stage, Turn
@@ -81,11 +83,24 @@ def _second_half_lost(blocks: Any) -> Any:
     return lambda: (taken(), lambda: None)[next(turns) == 1]
 
 
+def _same_rows(self: Share, batch_size: int) -> list[slice]:
+    return _ranges(replace(self, copy=0), batch_size)
+
+
+def _last_dropped(self: AdamW, parameter: Any, flat: Tensor) -> None:
+    if self.last:
+        parameter.grad.zero_()
+    _take(self, parameter, flat)
+
+
+_ranges, _take = Share.ranges, AdamW._take
 _summed, _step, _stage = Pipeline._summed, Pipeline.step, Stage.__init__
 _begin, _accumulate, _weights_apart = Turn._begin, AdamW.accumulate, pipeline.weights_apart
 _grad_norm, _pieces, _block_fwd = AdamW._grad_norm, AdamW._pieces, block.block_fwd
 
 FAULTS = {
+    "every copy trains on the same rows": (Share, "ranges", _same_rows),
+    "the last microbatch is dropped": (AdamW, "_take", _last_dropped),
     "every process draws the first part": (train, "local_part", _first_part),
     "partial gradients of the norms' input": (tensor.SumBackward, "backward", staticmethod(_silent_sum)),
     "replicated gradients in the norm once a process": (AdamW, "_grad_norm", _replicated_counted_by_all),

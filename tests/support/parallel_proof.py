@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 from parallel_faults import fault
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from pythia_fast import checkpoint
 from pythia_fast.config import Config, load
 from pythia_fast.data.commands import rows_from
-from pythia_fast.data.loader import read_batch
+from pythia_fast.data.loader import Batch, read_batch
+from pythia_fast.errors import InputError
 from pythia_fast.model import Pythia, initial_weights, materialise
 from pythia_fast.optim import DTYPES
 from pythia_fast.parallel.data import Arrival, in_place_of
@@ -29,52 +32,56 @@ def trainer_at_start(config: Config, mesh: Mesh, run: Path) -> Trainer:
     return trainer
 
 
+def batch_of(trainer: Trainer, number: int) -> Batch:
+    """What this process reads of a step's batch."""
+    c, share = trainer.config, trainer._share()
+    return read_batch(trainer.rows, number, c.train.batch_size, c.model.vocab_size, share)
+
+
 def step(trainer: Trainer, number: int) -> tuple[float, float]:
     """(loss, gradient norm) of one step on its batch."""
-    c = trainer.config
-    batch = read_batch(
-        trainer.rows, number, c.train.batch_size, c.model.vocab_size, trainer._share()
-    )
-    loss, norm = trainer.train_step(trainer._staged(batch.tokens))
+    loss, norm = trainer.train_step(trainer._staged(batch_of(trainer, number).tokens))
     return loss.item(), norm.item()
 
 
 def follow(page: str, flags: list[str], steps: int, faulty: str | None = None) -> dict[str, Any]:
-    """Losses, gradient norms, first moments after the first step, and this process's place."""
+    """Losses and norms of each step, the first one's rows and gradients, and this place.
+
+    Gradients are summed over data-parallel processes; of this process's stage and part.
+    """
     config = load(page, flags)
     with joined(config) as mesh, fault(faulty):
         trainer = trainer_at_start(config, mesh, Path(page).parent / "run")
         found = [step(trainer, 0)]
-        gradients = {
-            n: g.float().clone().numpy()
-            for n, g in trainer.optimizer.views(trainer.optimizer.grad).items()
-        }
-        moments = {n: t.float().numpy().copy() for n, t in whole(trainer).items()}
+        gradients = held(trainer, trainer.optimizer._own_grad)
         found += [step(trainer, i) for i in range(1, steps)]
         valid = trainer.validate()
         place = {
             "part": mesh.part,
+            "copy": mesh.copy,
             "parts": mesh.degrees.tensor,
             "fused": trainer.model.fused is not None,
         }
         return {
             "steps": np.array(found),
-            "moments": moments,
-            "gradients": gradients,
+            "rows": batch_of(trainer, 0).tokens,
             "valid": valid,
+            "gradients": {n: t.float().numpy() for n, t in gradients.items()},
             **place,
         }
 
 
-def whole(trainer: Trainer) -> dict[str, Tensor]:
-    """First moments by name, of this process's tensor-parallel part."""
-    o, parameters = trainer.optimizer, trainer.model.named_parameters()
-    flat = o.exp_avg
-    if o._sharded:
-        flat = gathered(trainer, o.exp_avg)
+def held(trainer: Trainer, own: Tensor) -> dict[str, Tensor]:
+    """A buffer of this process's own elements, whole; padding and gaps would show as NaN."""
+    o = trainer.optimizer
     if o._full:
-        return {n: in_place_of(p, o.views(flat)[n]).full_tensor() for n, p in parameters}
-    return o.views(flat)
+        like = dict(trainer.model.named_parameters())
+        parts = o.views(own).items()
+        return {name: whole(in_place_of(like[name], part)) for name, part in parts}
+    flat = own
+    if o._sharded:
+        flat = gathered(trainer, own)
+    return {name: view.clone() for name, view in o.views(flat).items()}
 
 
 def gathered(trainer: Trainer, own: Tensor) -> Tensor:
@@ -88,8 +95,30 @@ def gathered(trainer: Trainer, own: Tensor) -> Tensor:
     return flat
 
 
-def exact_gradients(page: str, flags: list[str]) -> dict[str, Tensor]:
-    """float64 gradients of the first step's mean loss, of the weights that the run computes with."""
+def whole(t: Tensor) -> Tensor:
+    """A copy; of a DTensor, from all processes' parts."""
+    return t.full_tensor() if isinstance(t, DTensor) else t.clone()
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A parameter's gradient in float64, and Σ‖gₘ‖ over the step's microbatches."""
+
+    gradient: Tensor
+    sizes: float
+
+
+def refusal(page: str, flags: list[str]) -> str:
+    """What a process says that joins none of such a launch; "" where it does."""
+    try:
+        with joined(load(page, flags)):
+            return ""
+    except InputError as error:
+        return str(error)
+
+
+def exact_gradients(page: str, flags: list[str]) -> dict[str, Exact]:
+    """Of the first step's mean loss, of the weights that the run computes with."""
     c = load(page, flags)
     model = Pythia(c.model)
     materialise(model, "cpu", torch.float64)
@@ -97,9 +126,17 @@ def exact_gradients(page: str, flags: list[str]) -> dict[str, Tensor]:
     with torch.no_grad():
         for name, drawn in initial_weights(c.model, c.train.seed):
             parameters[name].copy_(drawn.to(DTYPES[c.precision.compute]))
-    rows = rows_from(c).tokens(0, c.train.batch_size)
-    model.loss(torch.from_numpy(rows.astype(np.int64))).backward()
-    return {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    rows = torch.from_numpy(rows_from(c).tokens(0, c.train.batch_size).astype(np.int64))
+    found = {n: Exact(torch.zeros_like(p), 0.0) for n, p in parameters.items()}
+    microbatches = rows.split(c.train.micro_batch_size)
+    for microbatch in microbatches:
+        model.loss(microbatch, 1 / rows[:, 1:].numel()).backward()
+        for name, p in parameters.items():
+            assert p.grad is not None
+            one = found[name]
+            found[name] = Exact(one.gradient + p.grad, one.sizes + p.grad.norm().item())
+            p.grad = None
+    return found
 
 
 def collectives(page: str, flags: list[str]) -> dict[str, int]:
