@@ -10,6 +10,7 @@ optimizer states are sharded (`parallel/data.py`) master and moments are those o
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -225,12 +226,13 @@ class AdamW:
         """The sum over data-parallel processes, for which gradients are taken as they are made."""
         if self._copies is None:
             return None
+        owner = weakref.proxy(self)  # the collector does not see what hooks of a parameter hold
         for parameter, flat in self._parameters:
 
             @torch.no_grad()
             def take(p: nn.Parameter, flat: Tensor = flat) -> None:
                 if p.grad is not None:  # else the fused embedding or head has taken it on the way
-                    self._take(p, flat)
+                    owner._take(p, flat)
 
             parameter.register_post_accumulate_grad_hook(take)
         total = self._own_grad if self._sum is None else self._sum

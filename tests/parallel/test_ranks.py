@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from rank_checks import one_raises, total
+from parallel_proof import follow
+from rank_checks import one_raises, threads, total
 from ranks import Ranks, RanksFailed
 
 
@@ -18,6 +20,15 @@ def ranks() -> Iterator[Ranks]:
 def test_results_by_rank_of_several_worlds(ranks: Ranks) -> None:
     for world in (2, 3, 1):
         assert ranks.call(world, total) == [(r, world * (world + 1) / 2) for r in range(world)]
+
+
+def test_trainers_of_the_past_hold_nothing(ranks: Ranks, page: Path) -> None:
+    """Not their groups: hundreds of cells run in the same processes."""
+    counts = []
+    for _ in range(3):
+        ranks.call(2, follow, str(page), [], 1)
+        counts.append(ranks.call(2, threads))
+    assert counts[0] == counts[1] == counts[2]
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,20 @@
-"""Training on several gloo processes against one: losses, gradients, collectives, checkpoints."""
+"""Training on several gloo processes: fused blocks, collectives of a step, checkpoints.
+
+Losses and gradients of every layout: test_matrix.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import tiny_run
-import torch
+from layout_proof import Reference, check
 from parallel_proof import carry, collectives, digests, exact_gradients, follow, run
 from ranks import Ranks
 
-from pythia_fast.parallel.tensor import local_part
+from pythia_fast.parallel.degrees import Degrees
 
 SMALL = """
 --model.heads 4 --train.micro_batch_size 2 --train.batch_size 8 --train.steps 4
@@ -22,9 +23,6 @@ SMALL = """
 TENSOR2 = ["--parallel.tensor", "2"]
 SEQUENCE = ["--parallel.sequence", "true"]
 FULL = ["--parallel.shard", "full"]
-# Sums of at most 256 products in fp32 are cut in P parts: a few units of 2⁻²⁴ of the largest. Over
-# steps Adam follows the sign of gradients that are rounding alone; they do not move the loss.
-GRADIENT, LOSS = 2e-6, 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -38,121 +36,27 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_run.make_page(tmp_path_factory.mktemp("parallel")))
 
 
-@pytest.fixture(scope="module")
-def alone(ranks: Ranks, page: str) -> dict[str, Any]:
-    return ranks.call(1, follow, page, SMALL, 4)[0]
-
-
-def check(found: list[dict[str, Any]], one: dict[str, Any]) -> None:
-    for process in found:
-        np.testing.assert_allclose(process["steps"], one["steps"], rtol=LOSS)
-        assert process["valid"] == pytest.approx(one["valid"], rel=LOSS)
-        for name, moment in process["moments"].items():  # (1 − β₁)·g of the first step
-            whole = torch.from_numpy(one["moments"][name])
-            mine = local_part(name, whole, process["parts"], process["part"]).numpy()
-            scale = np.abs(whole.numpy()).max()
-            np.testing.assert_allclose(moment, mine, rtol=0, atol=GRADIENT * scale, err_msg=name)
-
-
-def shown(value: object) -> str:
-    """Of a test's parameter, in its name."""
-    return " ".join(value).replace("--parallel.", "") if isinstance(value, list) else str(value)
-
-
-LAYOUTS = [
-    (2, TENSOR2),
-    (2, [*TENSOR2, *SEQUENCE]),
-    (4, [*TENSOR2, "--parallel.shard", "none"]),
-    (4, [*TENSOR2, *SEQUENCE]),
-    (4, [*TENSOR2, *FULL]),
-    (4, ["--parallel.tensor", "4"]),
-]
-MORE = [
-    (4, ["--parallel.tensor", "4", *SEQUENCE]),
-    (8, TENSOR2),
-    (8, [*TENSOR2, *SEQUENCE, "--parallel.shard", "none"]),
-    (8, ["--parallel.tensor", "4"]),
-    (8, ["--parallel.tensor", "4", *SEQUENCE]),
-    (4, [*TENSOR2, *SEQUENCE, *FULL]),
-    (8, [*TENSOR2, *SEQUENCE, *FULL]),
-    (8, ["--parallel.tensor", "4", *FULL]),
-]
-
-
-@pytest.mark.parametrize(
-    ("world", "flags"),
-    [*LAYOUTS, *(pytest.param(*more, marks=pytest.mark.parallel) for more in MORE)],
-    ids=shown,
-)
-def test_a_layout_follows_one_process(
-    ranks: Ranks, page: str, alone: dict[str, Any], world: int, flags: list[str]
-) -> None:
-    check(ranks.call(world, follow, page, [*SMALL, *flags], 4), alone)
-
-
-UNCLIPPED = ["--optimizer.clip", "1e9", "--model.hidden", "64"]
-ROUNDED = [
-    (2, "bf16", TENSOR2),
-    (2, "bf16", [*TENSOR2, *SEQUENCE]),
-    *(
-        pytest.param(world, compute, [*flags, *rest], marks=pytest.mark.parallel)
-        for world, compute, flags in (
-            (4, "bf16", ["--parallel.tensor", "4"]),
-            (4, "bf16", [*TENSOR2, *FULL]),
-            (2, "fp32", TENSOR2),
-            (4, "fp32", ["--parallel.tensor", "4"]),
-        )
-        for rest in ([], SEQUENCE)
-    ),
-]
-
-
-@pytest.mark.parametrize(("world", "compute", "flags"), ROUNDED, ids=shown)
-def test_gradients_err_against_float64_as_those_of_one_process(
-    ranks: Ranks, page: str, world: int, compute: str, flags: list[str]
-) -> None:
-    """‖error‖ of each parameter: P partial sums are rounded where one process has one sum.
-
-    Roundings that are independent add up as a random walk does: √P times one, and one for what the
-    norms' gradients gather anew.
-    """
-    like = [*SMALL, *UNCLIPPED, "--precision.compute", compute]
-    exact = exact_gradients(page, like)
-    one = ranks.call(1, follow, page, like, 1)[0]
-    for process in ranks.call(world, follow, page, [*like, *flags], 1):
-        parts = process["parts"]
-        for name, moment in process["moments"].items():
-
-            def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-                return (found.double() / 0.1 - wanted).norm().item()  # moment: (1 − β₁)·g
-
-            whole = torch.from_numpy(one["moments"][name])
-            part, right = (
-                local_part(name, t, parts, process["part"]) for t in (whole, exact[name])
-            )
-            allowed = (1 + parts**0.5) * error(part, right)
-            assert error(torch.from_numpy(moment), right) <= allowed, name
-
-
 KERNELS = ["--kernels.backend", "triton", "--model.hidden", "128", "--train.steps", "2"]
 KERNELS += ["--train.batch_size", "4"]
 
 
 @pytest.fixture(scope="module")
-def alone_on_kernels(ranks: Ranks, page: str) -> dict[str, Any]:
-    return ranks.call(1, follow, page, [*SMALL, *KERNELS], 2)[0]
+def alone_on_kernels(ranks: Ranks, page: str) -> Reference:
+    flags = [*SMALL, *KERNELS]
+    one = ranks.call(1, follow, page, flags, 2)[0]
+    return Reference(one, exact_gradients(page, flags), "fp32", 2)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("sequence", ["false", "true"])
 def test_the_fused_block_on_its_part_of_the_heads(
-    ranks: Ranks, page: str, alone_on_kernels: dict[str, Any], recompute: str, sequence: str
+    ranks: Ranks, page: str, alone_on_kernels: Reference, recompute: str, sequence: str
 ) -> None:
     flags = [*SMALL, *KERNELS, *TENSOR2, "--kernels.recompute", recompute]
     flags += ["--parallel.sequence", sequence]
     found = ranks.call(2, follow, page, flags, 2)
     assert all(process["fused"] for process in found)
-    check(found, alone_on_kernels)
+    check(found, alone_on_kernels, Degrees(tensor=2))
 
 
 @pytest.mark.parametrize("shard", ["none", "optimizer"])
@@ -240,23 +144,13 @@ def test_a_run_goes_on_in_another_layout(ranks: Ranks, page: str, tmp_path: Path
     assert ledger == (tmp_path / "whole" / "ledger.jsonl").read_text()
 
 
-FAULTS = (
-    "every process draws the first part",
-    "partial gradients of the norms' input",
-    "replicated gradients in the norm once a process",
-    "a row bias once a process",
-)
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_of_training_are_seen(
-    ranks: Ranks, page: str, alone: dict[str, Any], alone_on_kernels: dict[str, Any], fault: str
+def test_a_row_bias_once_a_process_is_seen(
+    ranks: Ranks, page: str, alone_on_kernels: Reference
 ) -> None:
-    fused = fault == "a row bias once a process"
-    flags, one = ([*SMALL, *KERNELS], alone_on_kernels) if fused else (SMALL, alone)
-    found = ranks.call(2, follow, page, [*flags, *TENSOR2], len(one["steps"]), fault)
+    flags, fault = [*SMALL, *KERNELS, *TENSOR2], "a row bias once a process"
+    found = ranks.call(2, follow, page, flags, 2, fault)
     with pytest.raises(AssertionError):
-        check(found, one)
+        check(found, alone_on_kernels, Degrees(tensor=2))
 
 
 def test_faults_of_checkpoints_are_seen(ranks: Ranks, page: str, tmp_path: Path) -> None:

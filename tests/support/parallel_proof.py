@@ -59,7 +59,6 @@ def follow(page: str, flags: list[str], steps: int, faulty: str | None = None) -
         place = {
             "part": mesh.part,
             "copy": mesh.copy,
-            "parts": mesh.degrees.tensor,
             "fused": trainer.model.fused is not None,
         }
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,11 @@ def total() -> tuple[int, float]:
     rank = dist.get_rank()
     dist.destroy_process_group()
     return rank, mine.item()
+
+
+def threads() -> int:
+    """Of this process, gloo's among them."""
+    return sum(1 for _ in Path("/proc/self/task").iterdir())
 
 
 def one_raises(how: str) -> None:
