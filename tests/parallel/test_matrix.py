@@ -69,6 +69,8 @@ class Cell:
         if d.pipeline > 1:
             axes.append(f"pipeline {d.pipeline} {self.schedule[0]} {self.schedule[1]}")
         more = [self.more.replace("--train.", "")] if self.more else []
+        if self.more == FUSED:
+            more = ["fused"]
         return ", ".join([*axes, self.compute, *more])
 
 
@@ -115,6 +117,23 @@ BEYOND = [
     Cell(Degrees(pipeline=2), schedule=("interleaved-1f1b", 4)),
     Cell(Degrees(pipeline=2, tensor=2), more="--train.valid_rows 7"),
 ]  # fmt: skip
+# blocks, embedding and head as fused functions, which add up gradients themselves; interpreted
+FUSED = (
+    "--kernels.backend triton --model.hidden 128 --model.layers 4 --train.batch_size 4"
+    " --train.valid_rows 2"
+)
+D, TP, P2 = Degrees(data=2), Degrees(tensor=2), Degrees(pipeline=2, data=2)
+ON_KERNELS = [
+    Cell(D, more=FUSED),
+    Cell(D, shard="optimizer", more=FUSED),
+    Cell(TP, more=FUSED),
+    Cell(TP, True, more=FUSED),
+    Cell(Degrees(data=2, tensor=2), True, shard="optimizer", more=FUSED),
+    Cell(P2, schedule=("zero-bubble", 2), shard="optimizer", more=FUSED),
+    Cell(P2, more=FUSED),
+    Cell(Degrees(pipeline=2, tensor=2), False, ("zero-bubble", 1), more=FUSED),
+    Cell(Degrees(pipeline=2, tensor=2), True, ("zero-bubble", 2), more=FUSED),
+]
 SAMPLE = {  # what `make test` runs
     "data 2 full, fp32",
     "data 2 optimizer, bf16",
@@ -129,7 +148,7 @@ SAMPLE = {  # what `make test` runs
     "data 2 optimizer, pipeline 2 1f1b 1, fp32",
     "tensor 2, pipeline 2 zero-bubble 1, fp32",
 }
-CELLS = [*fp32(), *bf16(), *BEYOND]
+CELLS = [*fp32(), *bf16(), *BEYOND, *ON_KERNELS]
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +174,7 @@ def test_a_layout_has_the_losses_and_gradients_of_one_process(
     cell: Cell, ranks: Ranks, page: Path, reference: Callable[[Cell], Reference]
 ) -> None:
     found = ranks.call(cell.degrees.world, follow, str(page), cell.flags, 2)
+    assert all(process["fused"] == (cell.more == FUSED) for process in found)
     check_rows(found, reference(cell).one)
     check(found, reference(cell), cell.degrees)
 

@@ -59,16 +59,6 @@ def test_the_fused_block_on_its_part_of_the_heads(
     check(found, alone_on_kernels, Degrees(tensor=2))
 
 
-@pytest.mark.parametrize("shard", ["none", "optimizer"])
-def test_the_fused_block_of_data_parallel_processes(
-    ranks: Ranks, page: str, alone_on_kernels: dict[str, Any], shard: str
-) -> None:
-    """Embedding and head add their gradients themselves: autograd's hooks find none."""
-    found = ranks.call(2, follow, page, [*SMALL, *KERNELS, "--parallel.shard", shard], 2)
-    assert all(process["fused"] for process in found)
-    check(found, alone_on_kernels)
-
-
 # layers 2, microbatches m: embedding 1, each layer 1; backward each layer 1, final norm 1
 @pytest.mark.parametrize("kernels", [[], KERNELS], ids=["ops", "fused"])
 def test_collectives_of_a_step(ranks: Ranks, page: str, kernels: list[str]) -> None:
