@@ -8,9 +8,10 @@ full; full with a pipeline is refused, which is checked.
     fp32    whole: every layout × every schedule × every shard mode, 118 cells
     bf16    crossed: every layout × every shard mode, schedules in turn, 46 cells
 
-Beyond it: 8 copies, 8 stages, larger microbatches, which are fewer than the stages. Each cell takes
-two steps of at least two microbatches a process, on different rows for every copy, and validates.
-Not clipped: the norm is compared with the gradients', and the loss after an update can be exact.
+Beyond it: 8 copies, 8 stages, larger microbatches, which are fewer than the stages, and a selection
+of layouts with fused blocks. Each cell takes two steps of at least two microbatches a process, on
+different rows for every copy, and validates. Not clipped: the norm is compared with the gradients',
+and the loss after an update can be exact.
 """
 
 from __future__ import annotations
