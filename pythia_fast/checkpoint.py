@@ -49,6 +49,10 @@ _HASH_THREADS = 8
 PYTHIA_STEPS = (0, *(2**i for i in range(10)), *range(1000, 143001, 1000))
 
 
+class Incomplete(InputError):
+    """A file that the manifest names is not there."""
+
+
 def schedule(spec: Literal["pythia"] | Sequence[int], total_steps: int) -> list[int]:
     """The steps kept for ever, ascending: those of `spec` up to total_steps, which is always one.
 
@@ -238,8 +242,8 @@ def verify(path: Path, mesh: Mesh | None = None) -> dict[str, Any]:
 
     Reads bytes and unpickles nothing. mesh: processes that share the work; all call this.
 
-    Raises CheckError naming the first file that is missing,
-    left over or changed; InputError where there is no manifest.
+    Raises CheckError naming the first file that is left over or changed; Incomplete where one is
+    missing; InputError where the manifest is.
     """
     mesh = mesh or Mesh.alone(torch.device("cpu"))
     return mesh.together(lambda: _verify(path, mesh.rank, mesh.degrees.world))[0]
@@ -251,7 +255,7 @@ def _verify(path: Path, rank: int, world: int) -> dict[str, Any]:
     files = manifest["files"]
     present = {entry.name for entry in path.iterdir()} - {MANIFEST}
     for name in sorted(files.keys() - present):
-        raise CheckError(f"{path / name} is missing")
+        raise Incomplete(f"{path / name} is missing")
     for name in sorted(present - files.keys()):
         raise CheckError(f"{path / name} is not in the manifest")
     for name in sorted(files):
@@ -365,4 +369,6 @@ def clean(run_dir: Path) -> None:
         unpublished = path.name.startswith(".step")
         torn = _is_step(path.name) and not (path / MANIFEST).exists()
         if path.is_dir() and not path.is_symlink() and (unpublished or torn):
+            if torn:
+                say(f"{path} is incomplete (no {MANIFEST}): removed")
             remove_tree(path)

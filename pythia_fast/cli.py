@@ -193,6 +193,22 @@ def _generate(options: argparse.Namespace) -> None:
         print_rows(options, [result], result["prompt"] + result["text"])
 
 
+def _verify(options: argparse.Namespace) -> None:
+    from pythia_fast import checkpoint
+
+    path = options.checkpoint
+    steps = checkpoint.steps(path)
+    for one in [checkpoint.directory(path, step) for step in steps] or [path]:
+        files = checkpoint.verify(one)["files"]
+        row = {
+            "checkpoint": str(one),
+            "files": len(files),
+            "bytes": sum(entry["bytes"] for entry in files.values()),
+        }
+        text = f"{one}: {row['files']} files, {row['bytes'] / 1e9:.2f} GB, every sha256 agrees"
+        print_rows(options, [row], text)
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from pythia_fast.doctor import examine
 
@@ -217,7 +233,7 @@ def _prebuild(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from pythia_fast import plan, recommend
-    from pythia_fast.config import load
+    from pythia_fast.config import load, parse_overrides, read_page
     from pythia_fast.parallel.degrees import degrees
 
     config, gpu = load(options.config, options.overrides), options.gpu.upper()
@@ -231,7 +247,9 @@ def _plan(options: argparse.Namespace) -> None:
         rows = [plan.plan(config, gpu)]
         text = plan.describe(rows[0])
     else:
-        rows = recommend.rows(config, gpus, gpu, network)
+        given = {*parse_overrides(options.overrides)}
+        given |= {key for key in read_page(options.config) if key.startswith("parallel.")}
+        rows = recommend.rows(config, gpus, gpu, network, given)
         text = recommend.describe(rows)
     if options.timeline:
         from pythia_fast.report import timeline
@@ -314,6 +332,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="of sampling (0)")
     generate.add_argument("--tokenizer", type=Path, help="default: the run's own")
 
+    verify = add_command(
+        commands, "verify", _verify, "compare checkpoints with the sha256 of their files",
+        "pythia-fast verify runs/quickstart",
+    )  # fmt: skip
+    verify.add_argument("checkpoint", type=Path, help="a checkpoint, or a run for all of its own")
     plan = add_command(
         commands, "plan", _plan, "memory, time and communication of a run, by arithmetic",
         "pythia-fast plan configs/pythia-12b.toml --gpus 256 --gpu H100 --recipe modern",
@@ -321,8 +344,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     plan.add_argument(
         "--gpus", type=int,
-        help="1 to 1024: layouts, the recommended one first; keys of [parallel] that the page sets "
-        "are kept (default: as many as those name)",
+        help="1 to 1024: layouts, the recommended one first; keys of [parallel], and a flag "
+        "--train.micro_batch_size, are kept (default: as many as those keys name)",
     )  # fmt: skip
     plan.add_argument("--gpu", default="H200", help="H200 (default), H100, A100 or A100-40GB")
     plan.add_argument("--network", help="between nodes: NDR (default; for A100 HDR) or HDR")

@@ -267,7 +267,11 @@ _NOT_DECISIVE = frozenset(
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The resolved configuration of a TOML page and `--section.key value` flags; validated."""
-    path = Path(path)
+    return resolve(read_page(Path(path)), overrides, f"{path}: ")
+
+
+def read_page(path: Path) -> dict[str, Any]:
+    """Dotted key -> value of a TOML page, as it is written there."""
     try:
         page = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -284,7 +288,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if section not in _SECTIONS:
             _hint(f"{section}.", f"{path}: ")
         values.update({f"{section}.{key}": value for key, value in keys.items()})
-    return resolve(values, overrides, f"{path}: ")
+    return values
 
 
 def resolve(values: dict[str, Any], overrides: Sequence[str] = (), where: str = "") -> Config:

@@ -1,14 +1,14 @@
 """Which layouts a run can have on so many GPUs, in the order in which to take them.
 
 Searched are tensor degrees within a node, all pipeline degrees, every kind of sharding, microbatch
-sizes, 1f1b and interleaved. A key of [parallel] that the page sets otherwise than by default is
-kept, not searched. So come in the others: gpipe, never faster and keeping more, zero-bubble, which
-keeps more than 1f1b, and sequence parallelism.
+sizes, 1f1b and interleaved. A key of [parallel] that is given is kept, not searched. So come in the
+others: gpipe, never faster and keeping more, zero-bubble, which keeps more than 1f1b, and sequence
+parallelism.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
@@ -30,13 +30,18 @@ SIMPLEST_SHARD = ("optimizer", "none", "full")
 SHOWN = 10  # lines of the text
 
 
-def candidates(c: Config, gpus: int) -> Iterator[Layout]:
-    """Every layout that `parallel.degrees` accepts; whether it fits is not asked here."""
+def candidates(c: Config, gpus: int, given: Collection[str] = ()) -> Iterator[Layout]:
+    """Every layout that `parallel.degrees` accepts; whether it fits is not asked here.
+
+    given: keys whose value is kept though it is the default, and train.micro_batch_size.
+    """
     p, defaults = c.parallel, Parallel()
 
+    def kept(key: str) -> bool:
+        return f"parallel.{key}" in given or getattr(p, key) != getattr(defaults, key)
+
     def options(key: str, searched: tuple[Any, ...]) -> tuple[Any, ...]:
-        given = getattr(p, key)
-        return searched if given == getattr(defaults, key) else (given,)
+        return (getattr(p, key),) if kept(key) else searched
 
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
     within_node = tuple(n for n in divisors if n <= NODE and NODE % n == 0)
@@ -50,16 +55,20 @@ def candidates(c: Config, gpus: int) -> Iterator[Layout]:
         orders: list[tuple[str, int]] = [("1f1b", 1)]
         if pipeline > 1:
             schedules = options("schedule", ("1f1b", "interleaved-1f1b"))
-            virtual = options("stages_per_rank", (2, 3, 4))
+            several = options("stages_per_rank", (2, 3, 4))
+            one = options("stages_per_rank", (1,))
             orders = [
                 (name, v)
                 for name in schedules
-                for v in (virtual if name == "interleaved-1f1b" else (1,))
+                for v in (several if name == "interleaved-1f1b" else one)
             ]
-        sequences = options("sequence", (False,)) if tensor > 1 else (False,)
+        sequences = options("sequence", (False,))
+        sizes = range(1, LARGEST_MICROBATCH + 1)
+        if "train.micro_batch_size" in given:
+            sizes = range(c.train.micro_batch_size, c.train.micro_batch_size + 1)
         for shard, sequence, rows, (schedule, v) in product(
             options("shard", SIMPLEST_SHARD) if data > 1 else ("none",),
-            sequences, range(1, LARGEST_MICROBATCH + 1), orders,
+            sequences, sizes, orders,
         ):  # fmt: skip
             if c.train.batch_size % (max(data, c.precision.ranks) * rows):
                 continue
@@ -85,10 +94,12 @@ def page(c: Config, layout: Layout) -> Config:
     )  # fmt: skip
 
 
-def ranked(c: Config, gpus: int, gpu: str, network: str | None = None) -> list[Estimate]:
+def ranked(
+    c: Config, gpus: int, gpu: str, network: str | None = None, given: Collection[str] = ()
+) -> list[Estimate]:
     """The fastest of each (data, tensor, pipeline, shard) that fits, the recommended one first.
 
-    Raises InputError for what is not known, and where no layout fits.
+    given: as in `candidates`. Raises InputError for what is not known, and where no layout fits.
     """
     if not 1 < gpus <= MOST_GPUS:
         raise InputError(f"--gpus {gpus}: 1 to {MOST_GPUS} are planned")
@@ -101,7 +112,7 @@ def ranked(c: Config, gpus: int, gpu: str, network: str | None = None) -> list[E
         )
     best: dict[tuple[Any, ...], tuple[float, Estimate]] = {}
     found = 0
-    for layout in candidates(c, gpus):
+    for layout in candidates(c, gpus, given):
         found += 1
         estimate = Estimate(c, layout, card, on)
         if estimate.memory().total > FILLED * card.memory:
@@ -134,9 +145,11 @@ def _nothing(c: Config, gpus: int, card: plan.Gpu, found: int) -> str:
 # --- rows and words -------------------------------------------------------------------------------
 
 
-def rows(c: Config, gpus: int, gpu: str, network: str | None = None) -> list[dict[str, Any]]:
+def rows(
+    c: Config, gpus: int, gpu: str, network: str | None = None, given: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """`ranked` as rows of JSON: bytes, seconds of a step, the layout's keys; nothing measured."""
-    found = ranked(c, gpus, gpu, network)
+    found = ranked(c, gpus, gpu, network, given)
     return [_row(estimate, i == 0) for i, estimate in enumerate(found)]
 
 

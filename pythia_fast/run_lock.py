@@ -12,6 +12,14 @@ from typing import Self
 from pythia_fast.errors import InputError
 
 
+def holder(run_dir: Path) -> str:
+    """What the last holder of a run's lock wrote into it; empty where there is none."""
+    try:
+        return (run_dir / ".lock").read_text()
+    except OSError:
+        return ""
+
+
 class RunLock:
     """`with RunLock(run):` one process at a time; the kernel releases it however the holder ends.
 

@@ -35,7 +35,7 @@ from pythia_fast.ops import select
 from pythia_fast.optim import DTYPES
 from pythia_fast.parallel.data import put_
 from pythia_fast.parallel.mesh import Mesh, joined, local_device
-from pythia_fast.parallel.same import check_same_data
+from pythia_fast.parallel.same import check_same_data, check_same_directory
 from pythia_fast.parallel.tensor import local_part
 from pythia_fast.progress import say
 from pythia_fast.saving import Saver
@@ -144,6 +144,8 @@ class Trainer:
         c = self.config
         running = self._load_newest()
         if self.mesh.main:
+            if (d := self.mesh.degrees).world > 1:
+                say(f"{d.world} processes: data {d.data}, tensor {d.tensor}, pipeline {d.pipeline}")
             with publish(self.run_dir / "config.toml") as page:
                 page.write(to_toml(c).encode())
         with ExitStack() as stack:
@@ -274,7 +276,7 @@ class Trainer:
             wanted = {k: v for k, v in state.items() if k.startswith("model.") or not weights_alone}
             checkpoint.load(path, wanted, self.mesh)
             self.optimizer.take(wanted)
-        except CheckError as error:
+        except (CheckError, checkpoint.Incomplete) as error:
             before = [s for s in checkpoint.steps(self.run_dir) if s < step]
             way_out = f"; remove {path} to continue from step {before[-1]}" if before else ""
             error.args = (f"{error}{way_out}",)
@@ -358,6 +360,7 @@ def train(config: Config, run: Path) -> dict[str, Any]:
                 say(f"differs from the published recipe: {line}")
         with ExitStack() as stack:
             mesh.each(lambda: mesh.main and stack.enter_context(checkpoint.RunLock(run)))
+            check_same_directory(mesh, run)
             trainer = mesh.each(lambda: Trainer(config, run, mesh))
             check_same_data(mesh, trainer.rows, config)
             return trainer.run()
@@ -383,11 +386,13 @@ def _check_recipe(path: Path, config: Config, manifest: dict[str, Any]) -> None:
     before, now = saved.decisive, config.decisive
     fixed = {f"model.{name}" for name in _FUNCTION} | set(manifest.get("known", ()))
     way_out = "set it in the page" if imported else "choose another directory with --run"
-    for key in now if not imported else (k for k in now if k in fixed):
-        if key in before and before[key] != now[key]:
-            raise InputError(
-                f"{path} was trained with {key} = {before[key]!r}, not {now[key]!r}: {way_out}"
-            )
+    keys = [key for key in now if key in before and (key in fixed or not imported)]
+    if others := [key for key in keys if before[key] != now[key]]:
+        first, more = others[0], f", and {len(others) - 1} more keys" if others[1:] else ""
+        raise InputError(
+            f"{path} was trained with {first} = {before[first]!r}, not {now[first]!r}{more}: "
+            f"{way_out}"
+        )
 
 
 def _valid_tokens(config: Config) -> np.ndarray | None:

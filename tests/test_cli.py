@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from pythia_fast.cli import main
 from pythia_fast.kernels import checks
 
 COMMANDS = ["train", "data build", "data quickstart", "data join", "data view", "data digest",
-            "data verify", "import", "export", "generate", "plan", "prebuild", "bench",
+            "data verify", "import", "export", "generate", "verify", "plan", "prebuild", "bench",
             "doctor"]  # fmt: skip
 
 
@@ -51,6 +52,42 @@ def test_every_help_shows_an_example(command: str, capsys: pytest.CaptureFixture
         main([*command.split(), "--help"])
     assert ended.value.code == 0
     assert f"example: pythia-fast {command}" in capsys.readouterr().out
+
+
+def test_verify_reads_every_checkpoint_of_a_run(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, run = trained
+    assert main(["verify", str(run), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = [checkpoint.directory(run, step) for step in checkpoint.steps(run)]
+    assert [row["checkpoint"] for row in rows] == [str(path) for path in found]
+    assert all(row["bytes"] > 0 for row in rows)
+    copy = tmp_path / found[-1].name
+    shutil.copytree(found[-1], copy)
+    assert main(["verify", str(copy)]) == 0
+    assert "every sha256 agrees" in capsys.readouterr().out
+    (file,) = copy.glob("*.distcp")
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    assert "is damaged" in fails(capsys, "verify", copy, code=1)
+    file.unlink()
+    assert "is missing" in fails(capsys, "verify", copy)
+    assert "no complete checkpoint" in fails(capsys, "verify", tmp_path)
+
+
+def test_a_run_without_a_step_of_its_own_ends_well(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Imported at the last step: there is nothing to train, and nothing to draw."""
+    page, run = trained
+    last = checkpoint.directory(run, 10)
+    flags = ["--format", "neox", "--tensor", "2", "--ranks", "2"]
+    assert main(["export", str(last), "--out", str(tmp_path / "neox"), *flags]) == 0
+    assert main(["import", str(tmp_path / "neox"), "--run", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["train", str(page), "--run", str(tmp_path / "run"), "--train.steps", "10"]) == 0
+    out = capsys.readouterr().out
+    assert "trained to step 10" in out and "none: no step was taken" in out
 
 
 def test_help_needs_no_torch_and_starts_at_once() -> None:

@@ -196,6 +196,10 @@ def check(module: ModuleType) -> None:
     on_one = list(module.candidates(page, 8))  # all ranks, one after the other
     assert {(at.data, at.tensor) for at in on_one} == {(1, 8)}
     assert max(at.rows for at in on_one) == 1024 // 64
+    page = config("1.4b", "--parallel.pipeline", "2", "--train.micro_batch_size", "4")
+    given = {"parallel.schedule", "parallel.tensor", "train.micro_batch_size"}
+    found = list(module.candidates(page, 8, given))
+    assert {(at.schedule, at.tensor, at.rows) for at in found} == {("1f1b", 1, 4)}
     rounds = module.candidates(config("1.4b", "--parallel.pipeline", "3"), 3)
     assert "interleaved-1f1b" not in {at.schedule for at in rounds}  # 2^n are no rounds of three
 
@@ -205,7 +209,9 @@ MUTANTS = [
     Mutant("slowest first", FILE, "key=lambda entry: entry[0])", "key=lambda entry: -entry[0])"),
     Mutant("the slowest of each", FILE, "or seconds < best[key][0]", "or seconds > 9 + best[key][0]"),
     Mutant("the simplest at any price", FILE, "entry[0] <= AS_FAST * fastest", "entry[0] <= 9 * fastest"),
-    Mutant("keys of the page searched", FILE, "return searched if given", "return searched if True or given"),
+    Mutant("keys of the page searched", FILE, "if kept(key) else searched", "if False else searched"),
+    Mutant("given defaults searched", FILE, 'f"parallel.{key}" in given or ', ""),
+    Mutant("given rows searched", FILE, 'if "train.micro_batch_size" in given:', "if False:"),
     Mutant("what does not run is offered", FILE, "            if _runs(c, layout):\n", "            if layout:\n"),
     Mutant("microbatches of two ranks", FILE, "(max(data, c.precision.ranks) * rows)", "(data * rows)"),
 ]  # fmt: skip

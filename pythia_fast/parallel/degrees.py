@@ -72,8 +72,8 @@ def degrees(c: Config, world: int) -> Degrees:
     if c.precision.gradients != "fp32" and data not in (1, c.precision.sum_ranks):
         raise InputError(
             f"parallel.data = {data} is not precision.sum_ranks = {c.precision.sum_ranks}: 16-bit "
-            "gradients add up over as many processes as ranks, or all on one "
-            "(recipe = 'modern' has none)"
+            "gradients add up over as many processes as ranks, or all on one; --recipe modern adds "
+            "them in fp32, over any number"
         )
     if p.pipeline > 1 and c.precision.ranks > data:
         raise InputError(

@@ -36,13 +36,17 @@ def shorten(groups: list[dist.ProcessGroup], seconds: float) -> None:
         _set_pg_timeout(timedelta(seconds=factor * seconds), group)
 
 
+def has_agent_store() -> bool:
+    """Whether torchrun holds the launch's store; else rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def launch_store(is_master: bool) -> dist.Store:
     """A connection of its own to the store of this attempt: torchrun's, else rank 0's."""
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=is_master and not agent,
+        is_master=is_master and not has_agent_store(),
         timeout=START,
         wait_for_workers=False,
         multi_tenant=True,

@@ -39,7 +39,7 @@ import torch.distributed as dist
 from pythia_fast.config import Config
 from pythia_fast.errors import Ending, Terminated, outcome
 from pythia_fast.parallel.degrees import degrees
-from pythia_fast.parallel.groups import START, join, launch_store
+from pythia_fast.parallel.groups import START, has_agent_store, join, launch_store
 from pythia_fast.parallel.mesh import local_device, together
 from pythia_fast.parallel.same import check_same_page
 
@@ -138,6 +138,8 @@ class Launch:
                 verdict = self._give(Verdict(line, silent=(follower,)))
             if verdict is not None:
                 time.sleep(GRACE)
+                with suppress(dist.DistError):
+                    self._leave(verdict)
                 self._finish(verdict)
 
     def _beat(self, count: int) -> None:
@@ -173,6 +175,7 @@ class Launch:
         threading.Timer(LOOK + 2 * GRACE, self._finish, (gone, True)).start()
         try:
             verdict = self._settle(error)
+            self._leave(verdict)
         except dist.DistError:  # no store: it went with the process that held it
             verdict = replace(gone, silent=(0,) if self.rank else ())
         self._finish(verdict, locked=True)
@@ -223,6 +226,17 @@ class Launch:
             where = "; ".join(f"rank {r} is at {place}" for r, place in places.items())
             return self._give(Verdict(f"a collective of rank {self.rank} timed out: {where}"))
         return None
+
+    def _leave(self, verdict: Verdict) -> None:
+        """This process knows the verdict. Rank 0 goes last where it holds the store itself."""
+        if self._store is None:
+            return
+        self._store.set(f"left {self.rank}", "")
+        if self.rank == 0 and not has_agent_store():
+            others = [f"left {r}" for r in range(self.world) if r not in verdict.silent]
+            until = time.monotonic() + LOOK
+            while not self._store.check(others) and time.monotonic() < until:
+                time.sleep(BEAT / 20)
 
     def _finish(self, verdict: Verdict, locked: bool = False) -> NoReturn:
         """Prints the verdict, on one process, tells torchrun, and ends this one."""

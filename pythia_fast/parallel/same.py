@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from pythia_fast.data.loader import batch_digest
 from pythia_fast.data.order import Rows
 from pythia_fast.errors import InputError
 from pythia_fast.parallel.mesh import Mesh
+from pythia_fast.run_lock import holder
 
 _SAMPLE = 64  # rows that all processes compare, spread over the run
 
@@ -26,6 +28,17 @@ def check_same_page(pages: Sequence[Config]) -> None:
                     f"rank {rank} has {key} = {page[key]!r}, rank 0 {value!r}: "
                     "all processes need the same page and flags"
                 )
+
+
+def check_same_directory(mesh: Mesh, run: Path) -> None:
+    """Raises InputError on all processes where one does not see the directory that rank 0 holds."""
+    found = mesh.together(lambda: holder(run))
+    for rank, one in enumerate(found):
+        if one != found[0]:
+            raise _shared(
+                f"rank {rank} does not see the run directory of rank 0: {run} must be on a file "
+                "system that all processes share"
+            )
 
 
 def check_same_data(mesh: Mesh, rows: Rows, c: Config) -> None:

@@ -19,14 +19,14 @@ _ENTROPY_TOKENS = 100_000_000  # more change the third decimal and take minutes
 def summarise(config: Config, run: Path, last: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Draws the loss figure and continues log.sample; the result for scripts, and for people."""
     unigram = unigram_entropy(config)
-    figure = loss_figure(run, unigram)
+    figure = loss_figure(run, unigram) if "tokens" in last else None  # else: no step was logged
     saved = checkpoint.steps(run)
     summary = {
         "run": str(run),
         **last,
         "unigram_entropy": unigram,
         "checkpoints": [str(checkpoint.directory(run, step)) for step in saved],
-        "loss_figure": str(figure),
+        "loss_figure": figure and str(figure),
     }
     lines = [f"trained to step {last['step']}"]
     if last.get("loss") is not None:
@@ -41,7 +41,7 @@ def summarise(config: Config, run: Path, last: dict[str, Any]) -> tuple[dict[str
         lines.append(f"sample: {summary['sample']}")
     lines += [
         f"checkpoints  {run / 'checkpoints'}: steps {', '.join(map(str, saved))}",
-        f"loss figure  {figure}",
+        f"loss figure  {figure or 'none: no step was taken'}",
         f"metrics      {run / 'metrics.jsonl'}",
         f"ledger       {run / 'ledger.jsonl'}",
     ]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -74,6 +77,26 @@ def test_a_page_of_one_process(flags: list[str], said: str, page: Path, tmp_path
     run = tmp_path / "run"
     assert said in refused(2, lambda rank: arguments(page, run, *(flags if rank else [])))
     assert not run.exists()
+
+
+def test_processes_started_by_hand_end_alike(page: Path, tmp_path: Path) -> None:
+    """Without torchrun rank 0 holds the store: it stays until the other has read why."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    for rank in (0, 1):
+        flags = ["--train.seed", "7"] if rank else []
+        command = [sys.executable, "-m", "pythia_fast", *arguments(page, tmp_path / "run", *flags)]
+        environment = os.environ | launch | {"RANK": str(rank)}
+        started.append(
+            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2], errors
+    assert errors[0].startswith("pythia-fast: rank 1 has train.seed = 7, rank 0 1234")
+    assert errors[1] == ""
 
 
 def data_of_each(page: Path, directory: Path, change: Callable[[Path], None]) -> Path:
@@ -151,5 +174,15 @@ def test_a_missing_or_damaged_shard(rank: int, page: Path, trained: Path, tmp_pa
     said = refused(2, arguments(page, run), code=1)
     assert said.startswith(f"{shard} is damaged") and f"remove {shard.parent}" in said
     shard.unlink()
-    said = refused(2, arguments(page, run), code=1)
-    assert said.startswith(f"{shard} is missing")
+    said = refused(2, arguments(page, run))
+    assert said.startswith(f"{shard} is missing") and f"remove {shard.parent}" in said
+
+
+def test_a_run_directory_that_one_process_does_not_see(page: Path, tmp_path: Path) -> None:
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+    ended = launch(2, arguments(page, Path("run")), homes=tmp_path).wait(SOON)
+    assert [e.code for e in ended] == [2, 2] and ended[1].err == "", ended
+    said = "pythia-fast: rank 1 does not see the run directory of rank 0: run must be on a file"
+    assert ended[0].err.startswith(said) and len(ended[0].err.splitlines()) == 1
+    assert not (tmp_path / "0" / "run").exists()
