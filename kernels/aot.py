@@ -184,7 +184,14 @@ def compilation(case: AotCase, arch: str) -> dict[str, Any]:
 
 
 def compile_case(case: AotCase, arch: str) -> dict[str, Any]:
-    """Compile for one architecture; registers, memory, accesses and the hot loop of the result."""
+    """Compile for one architecture and measure the result."""
+    import triton
+
+    return measure(case, arch, triton.compile(**compilation(case, arch)))
+
+
+def measure(case: AotCase, arch: str, compiled: Any) -> dict[str, Any]:
+    """Registers, memory, accesses and the hot loop of what triton.compile made of a case."""
     import triton
 
     from .assembly import global_accesses, hot_loop_report, matrix_instruction, tcgen05_flops
@@ -192,7 +199,6 @@ def compile_case(case: AotCase, arch: str) -> dict[str, Any]:
     number = int(arch.removeprefix("sm_"))
     named = enumerate(parameters(case).items())
     pointers = {i: name for i, (name, kind) in named if kind.startswith("*")}
-    compiled = triton.compile(**compilation(case, arch))
     ptx = compiled.asm["ptx"]
     sass = _tool("nvdisasm", "-c", "-ndf", cubin=compiled.asm["cubin"])
     usage = _tool("cuobjdump", "--dump-resource-usage", cubin=compiled.asm["cubin"]) or ""

@@ -1,18 +1,15 @@
-"""The kernels compiled for a C library, without a GPU: cubins, one header, the tables behind it.
+"""The kernels compiled for a C library, without a GPU: cubins, and an index of them.
 
-    python -m pythia_fast.kernels.export --out DIR [--gpus sm_90 ...] [--sizes 70m ...]
-                                         [--dtypes bf16 fp16] [--only TEXT] [--workers 2]
-
-Writes DIR/cubins/KEY.cubin with KEY.json beside it, DIR/index.json (a row a case and GPU: symbol,
-warps, shared memory, arguments in the order of the launch, constants), and the C++ that
-`export_c.py` makes of the index. KEY is Triton's own: a hash of the kernel's source and of what it
-calls, the signature, the constants, the options, the GPU and the compiler. What is there under its
-key is kept, so that touching one kernel compiles that kernel. CMakeLists.txt builds the library.
+Writes DIR/cubins/KEY.cubin with KEY.json beside it and DIR/index.json: a row a case and GPU, with
+symbol, warps, shared memory, arguments in the order of the launch, constants, and what the case
+promised and the cubin does not keep. KEY is a hash of what Triton's own key is made of, but for the
+line that a function starts in: the kernel's source and what it calls, the signature, the constants,
+the options, the GPU and the compiler. What is there under its key is kept, so that touching one
+kernel compiles that kernel. `native/export.py` is the command, CMakeLists.txt builds the library.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -62,8 +59,8 @@ def export(
     only: str = "",
     workers: int = 2,
     modules: Iterable[str] = (),
-) -> dict[str, int]:
-    """Brings `out` up to date; counts of "compiled", "kept" and "deleted" cubins.
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Brings `out` up to date: the index, and counts of "compiled", "kept" and "deleted" files.
 
     modules: of the kernels, all by default. Raises RuntimeError where a kernel does not compile,
     with nothing of the index changed.
@@ -83,11 +80,8 @@ def export(
     stale = [f for f in (out / "cubins").iterdir() if f.stem not in kept]
     for file in stale:
         file.unlink()
-    from .export_c import write_sources
-
     write_changed(out / "index.json", json.dumps(rows, indent=1))
-    write_sources(rows, out)
-    return dict(counts) | {"deleted": len(stale)}
+    return rows, dict(counts) | {"deleted": len(stale)}
 
 
 def _in_parallel(
@@ -114,6 +108,7 @@ def _export(job: aot.Job, directory: Path) -> dict[str, Any]:
     found = _found(path)
     if compiled := found is None:
         found = _compile(case, job.arch, path)
+    measured = found.pop("measured") | {"arch": job.arch, "num_warps": case.num_warps}
     kernel = case.kernel.__name__
     module = job.module.rpartition(".")[2]
     arguments = [
@@ -128,6 +123,7 @@ def _export(job: aot.Job, directory: Path) -> dict[str, Any]:
         "gpu": job.arch,
         "key": key,
         **found,
+        "violations": aot.violations(case, measured),
         "arguments": arguments,
         "comments": _comments(case.kernel.src),
         "constants": {name: repr(value) for name, value in case.constexprs.items()},
@@ -147,11 +143,24 @@ def _key(case: Any, arch: str) -> str:
     from triton.compiler.compiler import make_backend
     from triton.runtime.cache import get_cache_key
 
+    _forget_lines()
     c = aot.compilation(case, arch)
     backend = make_backend(c["target"])
     options = backend.parse_options(dict(c["options"]))
     key = get_cache_key(c["src"], backend, options, env_vars=get_cache_invalidating_env_vars())
     return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def _forget_lines() -> None:
+    """The line a kernel or a function it calls starts in, which Triton's key ends in: without line
+    tables a cubin does not depend on it. Functions of Triton's own come with its version."""
+    from triton.runtime.jit import JITCallable
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{aot.PACKAGE}."):
+            for value in vars(module).values():
+                if isinstance(value, JITCallable) and value.starting_line_number != 1:
+                    value.starting_line_number, value.hash = 1, None
 
 
 def _found(path: Path) -> dict[str, Any] | None:
@@ -176,21 +185,28 @@ def _compile(case: Any, arch: str, path: Path) -> dict[str, Any]:
             raise ValueError(f"{what}: a caller would have to allocate it")
     if getattr(metadata, "num_ctas", 1) != 1 or metadata.launch_cooperative_grid:
         raise ValueError("a cluster or a cooperative grid is not launched by the library")
-    passed = re.findall(r"\.param (\.\w+)", ptx[ptx.index(".entry") : ptx.index(")\n")])
-    cubin = compiled.asm["cubin"]
+    cubin, hidden = compiled.asm["cubin"], entry_parameters(ptx) - len(aot.parameters(case))
+    if hidden not in range(3):
+        raise ValueError(f"{hidden} parameters beside the kernel's own: up to 2 are known")
     found = {
         "symbol": metadata.name,
         "warps": metadata.num_warps,
         "shared": metadata.shared,
         # pointers to scratch memory that Triton appends to the arguments: null, none is asked for
-        "hidden": len(passed) - len(aot.parameters(case)),
+        "hidden": hidden,
         "bytes": len(cubin),
         "sha256": hashlib.sha256(cubin).hexdigest(),
-        "triton": triton.__version__,
+        "measured": aot.measure(case, arch, compiled),
     }
     _replace(path, cubin)
     _replace(path.with_suffix(".json"), json.dumps(found).encode())
     return found
+
+
+def entry_parameters(ptx: str) -> int:
+    """How many parameters the kernel of a PTX text takes; functions may be declared before it."""
+    entry = ptx[ptx.index(".entry") :]
+    return len(re.findall(r"\.param\s+\.\w+", entry[: entry.index(")")]))
 
 
 def _comments(source: str) -> dict[str, str]:
@@ -240,32 +256,3 @@ def sizes_by_gpu(rows: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
         if count:
             table[gpu] = {"kernels": count, "cubins": len(cubins), "bytes": sum(cubins.values())}
     return table
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pythia_fast.kernels.export")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--gpus", nargs="+", choices=aot.ARCHITECTURES, default=aot.ARCHITECTURES)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--only", default="", help="cases whose 'file: name' contains this text")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", action="store_true", help="the counts as a JSON line")
-    a = parser.parse_args(argv)
-    try:
-        counts = export(a.out, a.gpus, a.sizes, a.dtypes, a.only, a.workers)
-    except RuntimeError as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 2
-    table = sizes_by_gpu(json.loads((a.out / "index.json").read_text()))
-    if a.json:
-        print(json.dumps(counts | {"gpus": table}))
-        return 0
-    print(", ".join(f"{n} {what}" for what, n in counts.items()))
-    for gpu, row in table.items():
-        print(f"{gpu}: {row['kernels']} kernels, {row['bytes'] / 1e6:.2f} MB")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,176 +1,60 @@
 #include "launcher.hpp"
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <new>
 #include <shared_mutex>
 #include <utility>
 
-// the part of the CUDA driver's interface that a launch needs, as cuda.h declares it
-using CUresult = int;
-using CUdevice = int;
-using CUcontext = struct CUctx_st *;
-using CUmodule = struct CUmod_st *;
-using CUfunction = struct CUfunc_st *;
-using CUstream = struct CUstream_st *;
+#include "driver.hpp"
 
 namespace pythia {
 namespace {
 
-enum : CUresult {
-    SUCCESS = 0,
-    ERROR_OUT_OF_MEMORY = 2,
-    ERROR_NOT_INITIALIZED = 3,
-    ERROR_STUB_LIBRARY = 34,
-    ERROR_NO_DEVICE = 100,
-    ERROR_INVALID_CONTEXT = 201,
-    ERROR_NO_BINARY_FOR_GPU = 209,
-    ERROR_SYSTEM_DRIVER_MISMATCH = 803,
-};
-enum {
-    MULTIPROCESSOR_COUNT = 16,
-    COMPUTE_CAPABILITY_MAJOR = 75,
-    COMPUTE_CAPABILITY_MINOR = 76,
-    MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
-    FUNC_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
-};
 constexpr std::uint32_t SHARED_WITHOUT_ASKING = 48 * 1024;
 constexpr std::int64_t MAX_GRID[3] = {2147483647, 65535, 65535};
 constexpr std::int64_t MAX_COUNT = std::int64_t{1} << 60;  // so that no sum of two overflows
 constexpr std::size_t MAX_PARAMETERS = 64;
 
-thread_local CUresult last_error = SUCCESS;
-
-pythia_status status_of(CUresult result) noexcept {
-    if (result != SUCCESS) last_error = result;
-    switch (result) {
-        case SUCCESS: return PYTHIA_OK;
-        case ERROR_OUT_OF_MEMORY: return PYTHIA_OUT_OF_MEMORY;
-        case ERROR_NOT_INITIALIZED:
-        case ERROR_STUB_LIBRARY:
-        case ERROR_NO_DEVICE:
-        case ERROR_SYSTEM_DRIVER_MISMATCH: return PYTHIA_NO_DRIVER;
-        case ERROR_INVALID_CONTEXT: return PYTHIA_NO_CONTEXT;
-        case ERROR_NO_BINARY_FOR_GPU: return PYTHIA_UNSUPPORTED_GPU;
-        default: return PYTHIA_DRIVER_ERROR;
-    }
-}
-
-struct Driver {
-    CUresult (*init)(unsigned);
-    CUresult (*ctx_get_current)(CUcontext *);
-    CUresult (*ctx_get_device)(CUdevice *);
-    CUresult (*device_get_attribute)(int *, int, CUdevice);
-    CUresult (*module_load_data)(CUmodule *, const void *);
-    CUresult (*module_unload)(CUmodule);
-    CUresult (*module_get_function)(CUfunction *, CUmodule, const char *);
-    CUresult (*func_set_attribute)(CUfunction, int, int);
-    CUresult (*launch_kernel)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
-                              unsigned, CUstream, void **, void **);
-    CUresult (*ctx_get_id)(CUcontext, unsigned long long *);  // null before CUDA 12
-
-    template <typename F>
-    static bool find(void *library, const char *name, F &function) noexcept {
-        function = reinterpret_cast<F>(dlsym(library, name));
-        return function != nullptr;
-    }
-
-    bool open(const char *path) noexcept {
-        void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-        if (library == nullptr) return false;
-        const bool whole = find(library, "cuInit", init) &&
-                           find(library, "cuCtxGetCurrent", ctx_get_current) &&
-                           find(library, "cuCtxGetDevice", ctx_get_device) &&
-                           find(library, "cuDeviceGetAttribute", device_get_attribute) &&
-                           find(library, "cuModuleLoadData", module_load_data) &&
-                           find(library, "cuModuleUnload", module_unload) &&
-                           find(library, "cuModuleGetFunction", module_get_function) &&
-                           find(library, "cuFuncSetAttribute", func_set_attribute) &&
-                           find(library, "cuLaunchKernel", launch_kernel);
-        find(library, "cuCtxGetId", ctx_get_id);
-        if (whole && status_of(init(0)) == PYTHIA_OK) return true;
-        dlclose(library);
-        return false;
-    }
-};
-
-// Null until a driver was opened; then the same for good. A failure is tried again at the next call.
-const Driver *driver() noexcept {
-    static std::atomic<const Driver *> opened{nullptr};
-    static Driver only;
-    static std::mutex mutex;
-    if (const Driver *found = opened.load(std::memory_order_acquire)) return found;
-    const std::lock_guard lock(mutex);
-    if (const Driver *found = opened.load(std::memory_order_relaxed)) return found;
-    const char *named = std::getenv("PYTHIA_KERNELS_LIBCUDA");
-    if (!only.open(named != nullptr ? named : "libcuda.so.1")) return nullptr;
-    opened.store(&only, std::memory_order_release);
-    return &only;
-}
-
-struct Device {
-    int major, minor, sms, shared;
-};
-
-// Modules of each context: by its id, as its address may come back after it was destroyed.
-class Contexts {
+// One image in one context. Its lock is held while it loads, so that other kernels are launched.
+class Entry {
 public:
-    pythia_status device(const Driver &d, unsigned long long id, Device &out) {
-        {
-            const std::shared_lock lock(mutex_);
-            if (const auto found = devices_.find(id); found != devices_.end()) {
-                out = found->second;
-                return PYTHIA_OK;
-            }
-        }
-        CUdevice number;
-        CUresult result = d.ctx_get_device(&number);
-        const auto read = [&](int attribute, int &value) {
-            if (result == SUCCESS) result = d.device_get_attribute(&value, attribute, number);
-        };
-        read(COMPUTE_CAPABILITY_MAJOR, out.major);
-        read(COMPUTE_CAPABILITY_MINOR, out.minor);
-        read(MULTIPROCESSOR_COUNT, out.sms);
-        read(MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, out.shared);
-        if (result != SUCCESS) return status_of(result);
-        const std::unique_lock lock(mutex_);
-        devices_.emplace(id, out);
-        return PYTHIA_OK;
+    CUresult function(const Driver &d, const Image &image, CUfunction &out) {
+        if ((out = function_.load(std::memory_order_acquire)) != nullptr) return SUCCESS;
+        const std::lock_guard lock(mutex_);
+        if ((out = function_.load(std::memory_order_relaxed)) != nullptr) return SUCCESS;
+        CUmodule module;
+        const CUresult result = load(d, image, module, out);
+        if (result == SUCCESS) function_.store(out, std::memory_order_release);
+        return result;
     }
 
-    pythia_status function(const Driver &d, unsigned long long id, const Image &image,
-                           CUfunction &out) {
-        const std::pair key(id, &image);
-        {
-            const std::shared_lock lock(mutex_);
-            if (const auto found = functions_.find(key); found != functions_.end()) {
-                out = found->second;
-                return PYTHIA_OK;
-            }
+    // A launch that failed as it does where a context was reset, or came back at the address of one
+    // that is gone (without cuCtxGetId): once more with a module loaded now, kept if that was it.
+    template <typename Launch>
+    CUresult relaunch(const Driver &d, const Image &image, CUfunction failed, Launch &&launch) {
+        const std::lock_guard lock(mutex_);
+        const CUfunction other = function_.load(std::memory_order_relaxed);
+        if (other != failed) return launch(other);
+        CUmodule module;
+        CUfunction fresh;
+        if (const CUresult r = load(d, image, module, fresh); r != SUCCESS) return r;
+        const CUresult result = launch(fresh);
+        if (result == SUCCESS) {
+            function_.store(fresh, std::memory_order_release);
+        } else {
+            d.module_unload(module);
         }
-        const std::unique_lock lock(mutex_);
-        const auto [place, fresh] = functions_.try_emplace(key, nullptr);
-        if (fresh) {
-            const CUresult result = load(d, image, place->second);
-            if (result != SUCCESS) {
-                functions_.erase(place);
-                return status_of(result);
-            }
-        }
-        out = place->second;
-        return PYTHIA_OK;
+        return result;
     }
 
 private:
-    static CUresult load(const Driver &d, const Image &image, CUfunction &out) {
-        CUmodule module;
+    static CUresult load(const Driver &d, const Image &image, CUmodule &module, CUfunction &out) {
         CUresult result = d.module_load_data(&module, image.cubin);
         if (result != SUCCESS) return result;
         result = d.module_get_function(&out, module, image.symbol);
@@ -182,25 +66,57 @@ private:
         return result;
     }
 
-    std::shared_mutex mutex_;
-    std::map<unsigned long long, Device> devices_;
-    std::map<std::pair<unsigned long long, const Image *>, CUfunction> functions_;
+    std::mutex mutex_;
+    std::atomic<CUfunction> function_{nullptr};
 };
 
-Contexts &contexts() {
-    static Contexts *const all = new Contexts;  // outlives every static that may launch at exit
-    return *all;
+// Of every context, by its id; an entry stays at its address for good, some bytes for a dead context.
+class Entries {
+public:
+    Entry &at(unsigned long long context, const Image &image) {
+        const std::pair key(context, &image);
+        {
+            const std::shared_lock lock(mutex_);
+            if (const auto found = all_.find(key); found != all_.end()) return found->second;
+        }
+        const std::unique_lock lock(mutex_);
+        return all_[key];
+    }
+
+private:
+    std::shared_mutex mutex_;
+    std::map<std::pair<unsigned long long, const Image *>, Entry> all_;
+};
+
+Entry &entry(unsigned long long context, const Image &image) {
+    static Entries &entries = *new Entries;  // outlives every static that may launch at exit
+    return entries.at(context, image);
 }
 
-// Where this thread launches: driver, context and device.
+struct Device {
+    int major, minor, sms, shared;
+};
+
+pythia_status describe(const Driver &d, CUdevice number, Device &out) {
+    CUresult result = SUCCESS;
+    const auto read = [&](int attribute, int &value) {
+        if (result == SUCCESS) result = d.device_get_attribute(&value, attribute, number);
+    };
+    read(COMPUTE_CAPABILITY_MAJOR, out.major);
+    read(COMPUTE_CAPABILITY_MINOR, out.minor);
+    read(MULTIPROCESSOR_COUNT, out.sms);
+    read(MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, out.shared);
+    return status_of(result);
+}
+
+// Where this thread launches: driver, context (its id, or before CUDA 12 its address) and device.
 struct Place {
     const Driver *driver;
     unsigned long long context;
     Device device;
 
     pythia_status find() {
-        driver = pythia::driver();
-        if (driver == nullptr) return PYTHIA_NO_DRIVER;
+        if (const auto s = open_driver(driver)) return s;
         CUcontext current = nullptr;
         if (const CUresult r = driver->ctx_get_current(&current); r != SUCCESS) return status_of(r);
         if (current == nullptr) return PYTHIA_NO_CONTEXT;
@@ -210,9 +126,23 @@ struct Place {
                 return status_of(r);
             }
         }
-        return contexts().device(*driver, context, device);
+        CUdevice number;
+        if (const CUresult r = driver->ctx_get_device(&number); r != SUCCESS) return status_of(r);
+        thread_local CUdevice known = -1;
+        thread_local Device description;
+        if (number != known) {
+            if (const auto s = describe(*driver, number, description)) return s;
+            known = number;
+        }
+        device = description;
+        return PYTHIA_OK;
     }
 };
+
+pythia_status load(const Place &place, const Image &image) {
+    CUfunction function;
+    return status_of(entry(place.context, image).function(*place.driver, image, function));
+}
 
 const Image *image_for(const Kernel &kernel, const Device &device) noexcept {
     const Image *best = nullptr;
@@ -289,16 +219,12 @@ pythia_status launch(const Kernel &kernel, const void *args, void *stream) noexc
     return guarded([&] {
         Place place;
         pythia_geometry g;
-        CUfunction function = nullptr;
         if (const auto s = check(kernel, args)) return s;
         if (const auto s = place.find()) return s;
         const Image *image = image_for(kernel, place.device);
         if (image == nullptr) return PYTHIA_UNSUPPORTED_GPU;
         if (const auto s = geometry(*image, place.device, args, g)) return s;
         if (g.grid[0] == 0 || g.grid[1] == 0 || g.grid[2] == 0) return PYTHIA_OK;
-        if (const auto s = contexts().function(*place.driver, place.context, *image, function)) {
-            return s;
-        }
         void *scratch = nullptr;
         std::array<void *, MAX_PARAMETERS> parameters{};
         std::size_t count = 0;
@@ -309,9 +235,21 @@ pythia_status launch(const Kernel &kernel, const void *args, void *stream) noexc
                 const_cast<char *>(static_cast<const char *>(args)) + kernel.arguments[i].offset;
         }
         for (std::uint32_t i = 0; i < image->hidden; ++i) parameters[count++] = &scratch;
-        return status_of(place.driver->launch_kernel(
-            function, g.grid[0], g.grid[1], g.grid[2], g.threads, 1, 1, g.shared_bytes,
-            static_cast<CUstream>(stream), parameters.data(), nullptr));
+        const auto launch = [&](CUfunction function) {
+            return place.driver->launch_kernel(function, g.grid[0], g.grid[1], g.grid[2], g.threads, 1,
+                                               1, g.shared_bytes, static_cast<CUstream>(stream),
+                                               parameters.data(), nullptr);
+        };
+        Entry &loaded = entry(place.context, *image);
+        CUfunction function = nullptr;
+        CUresult result = loaded.function(*place.driver, *image, function);
+        if (result != SUCCESS) return status_of(result);
+        result = launch(function);
+        if (result == ERROR_INVALID_CONTEXT || result == ERROR_INVALID_HANDLE ||
+            result == ERROR_CONTEXT_IS_DESTROYED) {
+            result = loaded.relaunch(*place.driver, *image, function, launch);
+        }
+        return status_of(result);
     });
 }
 
@@ -331,7 +269,7 @@ const char *pythia_kernels_status(pythia_status status) {
     return "no status of this library";
 }
 
-int pythia_kernels_driver_error(void) { return pythia::last_error; }
+int pythia_kernels_driver_error(void) { return pythia::last_error(); }
 
 const pythia_kernel *pythia_kernels_at(size_t index) {
     return index < pythia::kernel_count ? &pythia::kernels[index] : nullptr;
@@ -377,15 +315,12 @@ pythia_status pythia_kernels_load(const pythia_kernel *kernel) {
         if (const auto s = place.find()) return s;
         const auto *first = kernel == nullptr ? pythia::kernels : known;
         const auto *end = kernel == nullptr ? first + pythia::kernel_count : first + 1;
+        pythia_status status = PYTHIA_OK;  // of the first kernel that is not loaded
         for (const auto *k = first; k != end; ++k) {
             const pythia::Image *image = pythia::image_for(*k, place.device);
-            if (image == nullptr) return PYTHIA_UNSUPPORTED_GPU;
-            CUfunction function = nullptr;
-            if (const auto s = pythia::contexts().function(*place.driver, place.context, *image,
-                                                           function)) {
-                return s;
-            }
+            const auto s = image == nullptr ? PYTHIA_UNSUPPORTED_GPU : pythia::load(place, *image);
+            if (status == PYTHIA_OK) status = s;
         }
-        return PYTHIA_OK;
+        return status;
     });
 }

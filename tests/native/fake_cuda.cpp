@@ -1,5 +1,6 @@
 #include "fake_cuda.hpp"
 
+#include <dlfcn.h>
 #include <elf.h>
 
 #include <algorithm>
@@ -19,6 +20,7 @@ thread_local std::uintptr_t current = 0;
 struct Module {
     Code code;
     std::uintptr_t context;
+    unsigned long long generation;
     int shared_allowed = 0;
 };
 std::vector<std::unique_ptr<Module>> modules;
@@ -79,6 +81,19 @@ Settings &settings() {
     return all;
 }
 
+bool has_ids() {
+#ifdef CUDA_11
+    return false;
+#else
+    return true;
+#endif
+}
+
+const char *path() {
+    Dl_info found{};
+    return dladdr(reinterpret_cast<void *>(&settings), &found) != 0 ? found.dli_fname : nullptr;
+}
+
 void set_context(std::uintptr_t context) { current = context; }
 
 std::vector<Launch> take_launches() {
@@ -106,19 +121,22 @@ int cuCtxGetCurrent(std::uintptr_t *context) {
     return 0;
 }
 
+#ifndef CUDA_11
 int cuCtxGetId(std::uintptr_t context, unsigned long long *id) {
-    *id = context + 1000000 * fake::settings().generation;
+    const fake::Settings &s = fake::settings();
+    *id = context + 1000000 * (s.generation - (s.id_is_kept ? 1 : 0));
     return 0;
 }
+#endif
 
 int cuCtxGetDevice(int *device) {
-    *device = 3;
+    *device = fake::settings().device;
     return 0;
 }
 
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
     const fake::Settings &s = fake::settings();
-    if (device != 3) return 101;
+    if (device != s.device) return 101;
     switch (attribute) {
         case 16: *value = s.sms; return 0;
         case 75: *value = s.major; return 0;
@@ -129,12 +147,14 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 
 int cuModuleLoadData(fake::Module **module, const void *image) {
+    if (const auto loading = fake::settings().loading) loading();
     const std::lock_guard lock(fake::mutex);
     if (fake::settings().load != 0) return fake::settings().load;
     auto code = fake::read_cubin(static_cast<const unsigned char *>(image));
     fake::modules.push_back(std::make_unique<fake::Module>());
     fake::modules.back()->code = std::move(code);
     fake::modules.back()->context = fake::current;
+    fake::modules.back()->generation = fake::settings().generation;
     *module = fake::modules.back().get();
     ++fake::counts.loads;
     return 0;
@@ -163,10 +183,15 @@ int cuLaunchKernel(fake::Module *function, unsigned gx, unsigned gy, unsigned gz
                    unsigned by, unsigned bz, unsigned shared, void *stream, void **parameters,
                    void **extra) {
     if (fake::settings().launch != 0) return fake::settings().launch;
-    if (extra != nullptr || gx * gy * gz == 0) return 1;
+    if (extra != nullptr || gx == 0 || gy == 0 || gz == 0) return 1;
     fake::Launch launch{fake::current, function->code, {gx, gy, gz}, {bx, by, bz}, shared,
                         function->shared_allowed, stream, {}, false};
     if (function->context != fake::current) return 201;  // a function of another context
+    if (function->generation != fake::settings().generation) {
+        const std::lock_guard lock(fake::mutex);
+        ++fake::counts.stale;
+        return 400;  // CUDA_ERROR_INVALID_HANDLE
+    }
     std::size_t ordinal = 0;
     for (const unsigned bytes : function->code.parameters) {
         const auto *from = static_cast<const unsigned char *>(parameters[ordinal++]);

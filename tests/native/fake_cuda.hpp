@@ -26,16 +26,20 @@ struct Launch {
 };
 
 struct Settings {
-    int major = 9, minor = 0, sms = 132, shared = 227 * 1024;
+    int device = 0, major = 9, minor = 0, sms = 132, shared = 227 * 1024;
     int init = 0, load = 0, function = 0, attribute = 0, launch = 0;  // CUresults
-    unsigned long long generation = 0;                                // of every context's id
+    unsigned long long generation = 0;  // of every context: the handles of an earlier one are invalid
+    bool id_is_kept = false;            // by the next generation
+    void (*loading)() = nullptr;        // called in every load, under no lock
 };
 
 struct Counts {
-    int inits, loads, unloads;
+    int inits, loads, unloads, stale;  // stale: launches with handles of an earlier generation
 };
 
-Settings &settings();             // read under no lock: set before threads start
+Settings &settings();              // read under no lock: set before threads start
+bool has_ids();                    // a driver of CUDA 12: it has cuCtxGetId
+const char *path();                // of this library
 void set_context(std::uintptr_t);  // of the calling thread, 0: none
 std::vector<Launch> take_launches();
 Counts take_counts();
