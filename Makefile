@@ -40,17 +40,18 @@ aot: $(VENV)/.installed-dev
 	$(BIN)/python -m pythia_fast.kernels.aot
 
 # libpythia_kernels for one GPU and one size, and its tests; `cmake -B build` is all of them
-CMAKE := $(or $(shell command -v cmake),$(BIN)/cmake)
+CMAKE := $(BIN)/cmake
 LIBRARY := build/library
+COMPILER := $(firstword $(foreach name,$(CXX) c++ g++ clang++,$(shell command -v $(name))))
 library: $(VENV)/.installed-dev
-ifeq ($(shell command -v c++ g++ clang++),)
+ifeq ($(COMPILER),)
 	@echo "make library: skipped, there is no C++ compiler here"
 else
 	test -x $(CMAKE) || $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt cmake
-	$(CMAKE) -S . -B $(LIBRARY) -DPYTHIA_GPUS=sm_90 -DPYTHIA_SIZES=70m \
-	  -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	CXX=$(COMPILER) $(CMAKE) -S . -B $(LIBRARY) -DPYTHIA_GPUS=sm_90 -DPYTHIA_SIZES=70m \
+	  -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
 	$(CMAKE) --build $(LIBRARY) --parallel 2
-	$(dir $(CMAKE))ctest --test-dir $(LIBRARY) --output-on-failure
+	$(BIN)/ctest --test-dir $(LIBRARY) --output-on-failure
 endif
 
 bench: $(VENV)/.installed-dev

@@ -43,7 +43,11 @@ def main() -> int:
     a = parser.parse_args()
     missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"export: {sys.executable} has no {' and no '.join(missing)}", file=sys.stderr)
+        print(
+            f"export: {sys.executable} has no {' and no '.join(missing)}, which compile the kernels;"
+            " 'make .venv/.installed' makes an environment, -DPython3_EXECUTABLE= names another",
+            file=sys.stderr,
+        )
         return 2
     if a.check:
         print(importlib.util.find_spec("triton").origin)
