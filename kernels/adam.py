@@ -96,8 +96,8 @@ def _adamw_kernel(
     lr,  # (1,) fp32
     step,  # (1,) fp32
     grad_scale,  # (1,) fp32
-    n,
-    decay_until,
+    n,  # elements
+    decay_until,  # elements before this one decay
     log_beta1,
     log_beta2,
     rate1,  # 1 − β₁
@@ -131,7 +131,7 @@ def _adamw_kernel(
 def _square_sum_kernel(
     grad,  # (n,)
     partials,  # (P,) fp32
-    n,
+    n,  # elements
     BLOCK: tl.constexpr,
 ):
     i_stride = tl.num_programs(0).to(tl.int64) * BLOCK
@@ -147,7 +147,7 @@ def _square_sum_kernel(
 def _root_sum_kernel(
     partials,  # (P,) fp32
     norm,  # () fp32
-    P,
+    P,  # partials
     BLOCK: tl.constexpr,
 ):
     o = tl.arange(0, BLOCK)

@@ -87,9 +87,9 @@ def _adamw_lean_kernel(
     step,  # (1,) fp32
     grad_scale,  # (1,) fp32
     seed,  # (1,) int64, below 2³²
-    n,
+    n,  # elements
     first,  # index of element 0 in the whole buffer
-    decay_until,
+    decay_until,  # elements before this one decay
     log_beta1,
     log_beta2,
     rate1,  # 1 − β₁

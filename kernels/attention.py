@@ -105,7 +105,7 @@ def _attention_fwd_kernel(
     stride_ot,
     scale_log2,  # log₂e/√D
     H,
-    GROUP,
+    GROUP,  # heads whose tiles run together, which share L2
     D: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,

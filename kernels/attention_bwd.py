@@ -152,9 +152,9 @@ def _attention_bwd_kernel(
     dq_is_zero,  # 0: the first key tile of a segment writes dq, the others add
     scale,  # 1/√D
     scale_log2,  # log₂e/√D
-    segments,
+    segments,  # programs of a head: segment s has key tiles s, s + segments, ...
     H,
-    GROUP,
+    GROUP,  # heads whose tiles run together, which share L2
     D: tl.constexpr,
     PARTS: tl.constexpr,
     HALF: tl.constexpr,

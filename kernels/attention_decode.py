@@ -61,9 +61,9 @@ def _attention_decode_kernel(
     acc,  # (B·H, STRETCHES, Q, D) fp32
     row_max,  # (B·H, STRETCHES, Q) fp32, in base 2
     row_sum,  # (B·H, STRETCHES, Q) fp32
-    Q,
+    Q,  # queries of a sequence
     H,
-    filled,
+    filled,  # positions of the cache that hold keys
     stretch,  # keys of a program, a multiple of BLOCK_N
     stride_qb,
     stride_qt,
@@ -117,9 +117,9 @@ def _attention_combine_kernel(
     row_max,  # (B·H, STRETCHES, Q) fp32
     row_sum,  # (B·H, STRETCHES, Q) fp32
     ctx,  # (B, Q, H·D) contiguous
-    Q,
+    Q,  # queries of a sequence
     H,
-    stretches,
+    stretches,  # of the keys, a program each
     D: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,

@@ -50,8 +50,8 @@ def _attention_bwd_sum_kernel(
     H,
     stride_cos,
     stride_sin,
-    stride_segment,
-    segments,
+    stride_segment,  # elements from one segment of dq to the next
+    segments,  # of dq
     keys,  # of a tile of the kernel that wrote dq, a multiple of BLOCK_T
     D: tl.constexpr,
     PARTS: tl.constexpr,
@@ -119,7 +119,7 @@ def _attention_bwd_dq_kernel(
     scale,  # 1/√D
     scale_log2,  # log₂e/√D
     H,
-    GROUP,
+    GROUP,  # heads whose tiles run together, which share L2
     D: tl.constexpr,
     PARTS: tl.constexpr,
     HALF: tl.constexpr,

@@ -133,7 +133,7 @@ def _cross_entropy_fwd_kernel(
     losses,  # (M,) fp32
     M,
     stride,
-    scale,
+    scale,  # of the losses and of dlogits
     V: tl.constexpr,
     GRAD: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -54,7 +54,7 @@ def _cross_entropy_stats_kernel(
     row_target,  # (M,) fp32
     M,
     stride,
-    vocab_start,
+    vocab_start,  # id of the shard's first column
     V: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
@@ -79,12 +79,12 @@ def _cross_entropy_combine_kernel(
     row_target,  # (S, M) fp32, row stride stride_target; NaN: the target is of another shard
     losses,  # (M,) fp32
     lse,  # (M,) fp32
-    S,
+    S,  # shards
     M,
     stride_max,
     stride_sum,
     stride_target,
-    scale,
+    scale,  # of the losses and of dlogits
     BLOCK: tl.constexpr,
 ):
     o_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -114,8 +114,8 @@ def _cross_entropy_grad_kernel(
     lse,  # (M,) fp32, over all shards
     M,
     stride,
-    vocab_start,
-    scale,
+    vocab_start,  # id of the shard's first column
+    scale,  # of the losses and of dlogits
     V: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,

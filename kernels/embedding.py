@@ -86,7 +86,7 @@ def _embedding_runs_kernel(
     ids,  # (M,) int64, ascending
     partials,  # (chunks, 2, h) fp32
     M,
-    V,
+    V,  # ids not below V are passed over
     H: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,

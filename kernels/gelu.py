@@ -106,7 +106,7 @@ def _gelu_bwd_kernel(
     dx,  # (M, N) contiguous
     partials,  # (P, 1, N) fp32
     M,
-    P,
+    P,  # programs that walk the rows of a column block
     stride_x,
     stride_dy,
     N: tl.constexpr,

@@ -208,8 +208,8 @@ def sum_rows(b_a):
 def _sum_partials_kernel(
     partials,  # (P, N) fp32
     out,  # (N,)
-    P,
-    N,
+    P,  # rows of partials
+    N,  # columns
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):

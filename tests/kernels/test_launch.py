@@ -61,35 +61,50 @@ def recorded() -> list[dict[str, Any]]:
 
 def test_reported_cases_are_the_launches(recorded: list[dict[str, Any]]) -> None:
     """Constants, warps and stages of `aot_cases` are those that the launchers give to the JIT."""
+    assert set(per_sm()) == {identity(row) for row in recorded}
+
+
+def identity(row: dict[str, Any]) -> str:
+    """What is compiled: kernel, constants, warps and stages."""
     what = ("kernel", "constexprs", "num_warps", "num_stages")
-    launched = {json.dumps({k: row[k] for k in what}, sort_keys=True) for row in recorded}
-    reported = set()
+    return json.dumps({k: row[k] for k in what}, sort_keys=True, default=str)
+
+
+def per_sm() -> dict[str, set[int]]:
+    """What the cases of each compilation say."""
+    found: dict[str, set[int]] = {}
     for name in LAUNCHED:
         for case in importlib.import_module(f"pythia_fast.kernels.{name}").aot_cases():
             row = {"kernel": case.kernel.__name__, "constexprs": case.constexprs}
             row |= {"num_warps": case.num_warps, "num_stages": case.num_stages}
-            reported.add(json.dumps(row, sort_keys=True, default=str))
-    assert reported == launched
+            found.setdefault(identity(row), set()).add(case.per_sm)
+    return found
 
 
 def test_grids_are_those_of_the_launchers(recorded: list[dict[str, Any]]) -> None:
-    """Formulas for callers without Python. Without a GPU launchers count 3 programs in all; what
-    only a grid has (a batch, a list's chunks) is solved for, axis by axis."""
+    """Formulas for callers without Python, on a device of one multiprocessor, with the programs
+    an SM of `aot_cases()`; what only a grid has (a batch, a list's chunks) is solved for by axis."""
     assert {row["kernel"] for row in recorded} == set(grids.GRIDS)
-    compared = 0
+    compared, filled = 0, set()
+    of_sm = per_sm()
     for row in recorded:
         formulas = grids.GRIDS[row["kernel"]]
         assert len(formulas) == len(row["grid"])
-        known = row["constexprs"] | row["integers"] | {"SMS": 3, "PER_SM": 1}
+        (programs,) = of_sm[identity(row)]
+        known = row["constexprs"] | row["integers"] | {"SMS": 1, "PER_SM": programs}
         for formula, axis in zip(formulas, row["grid"], strict=True):
             unknown = [n for n in grids.names(formula) if n not in known]
             if not unknown:
                 assert eval(formula, {"cdiv": triton.cdiv}, known) == axis, (row, formula)
                 compared += 1
+                if axis == programs:
+                    filled.add(identity(row))
             for name in unknown:
                 one, two = (eval(formula, {"cdiv": triton.cdiv}, known | {name: n}) for n in (1, 2))
                 assert two == 2 * one and axis % one == 0, (row, formula)
     assert compared > len(recorded) / 2
+    walks = {i for i in of_sm if "PER_SM" in str(grids.GRIDS[json.loads(i)["kernel"]])}
+    assert walks <= filled, sorted(walks - filled)
 
 
 def test_a_global_that_is_not_constant_is_refused(tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ from pythia_fast.kernels import (  # noqa: E402
 )
 from pythia_fast.kernels import rows as suite_rows  # noqa: E402
 
+if RECORD:  # a walk is as many programs as its `per_sm`
+    suite_rows.multiprocessors = lambda device: 1
 checks.INTERPRETED = True  # CPU tensors pass the launchers' checks
 BF16 = torch.bfloat16
 
@@ -200,14 +202,14 @@ def one_segment(length: int, heads: int, dim: int) -> None:
 def suite() -> None:
     """Launches whose cases the ahead-of-time report lists, at every size."""
     for hidden in suite_rows.SUITE.values():
-        rows(16, hidden)
+        rows(112, hidden)
         mlp(16, 4 * hidden)
         head(2, hidden)
         rows_of_ids(40, hidden, BF16)
     for vocabulary in (50304, 50432, 50688):
-        losses(2, vocabulary)
+        losses(8, vocabulary)
     for shard in (25216, 25344, 12672):
-        shards(2, shard)
+        shards(8, shard)
     for heads, dim in rotary.SUITE.values():
         positions(1, 2, heads, dim)
     for weight in (torch.float16, BF16, None):
