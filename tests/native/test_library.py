@@ -6,8 +6,10 @@ CTest (`make library`) has the library's own tests; here is what is around them.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from kernel_proof import REPOSITORY
 
 pytest.importorskip("triton.backends.nvidia")
 
-from pythia_fast.kernels import aot, export, export_c, grids
+from pythia_fast.kernels import aot, export, export_c, grids, rotary
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -73,6 +75,7 @@ def test_selection(sizes: list[str], dtypes: list[str], name: str, wanted: bool)
 
 
 def test_selection_of_everything_is_everything(cases: list[tuple[str, Any]]) -> None:
+    assert tuple(rotary.SUITE) == export.SIZES
     assert all(export.is_wanted(c.name, export.SIZES, export.DTYPES) for _, c in cases)
 
 
@@ -85,131 +88,196 @@ def test_a_kernel_that_does_not_compile_leaves_the_index(tmp_path: Path) -> None
     assert (tmp_path / "index.json").read_text() == "as it was"
 
 
-def test_sizes_of_structs() -> None:
-    def of(*kinds: str) -> int:
-        arguments = [{"name": f"a{i}", "type": kind} for i, kind in enumerate(kinds)]
-        row = {"arguments": arguments, "comments": {}, "constants": {}, "grid": ["1"]}
-        return export_c._struct_bytes(row)
+def test_every_integer_has_a_word(cases: list[tuple[str, Any]]) -> None:
+    for module, case in cases:
+        arguments = [{"name": n, "type": kind} for n, kind in aot.parameters(case).items()]
+        row = {"arguments": arguments, "comments": export._comments(inspect.getsource(case.kernel.fn))}
+        row |= {"constants": dict.fromkeys(case.constexprs, "1"), "grid": grids.GRIDS[case.kernel.__name__]}
+        for field in export_c._fields(row):
+            wordless = field["type"] in ("i32", "i64") and not field["comment"]
+            assert not wordless, f"{module}: {case.name}: {field['name']}"
+            assert "None" not in field["comment"], f"{module}: {case.name}: {field['name']}"
 
-    assert [of("i32"), of("i32", "*fp32"), of("*fp32", "i32")] == [4, 16, 16]
-    assert [of("i32", "fp32", "i64", "i32"), of("i32", "i32", "i32")] == [24, 12]
+
+@pytest.mark.parametrize(
+    ("before", "count"),
+    [("", 3), (".extern .func (.param .b32 r) f\n(\n.param .b64 a\n)\n;\n", 3)],
+)
+def test_parameters_are_those_of_the_entry(before: str, count: int) -> None:
+    entry = ".visible .entry k(\n\t.param .u64 .ptr .global .align 16 k_0,\n\t.param .u32 k_1,\n\t.param .f32 k_2\n)\n{ call (r), f, (a); }"
+    assert export.entry_parameters(before + entry) == count
 
 
 # --- incremental ----------------------------------------------------------------------------------
 
-# both kernels of gelu.py, whose tail has no kernels after it
-ONLY = "gelu: 14m tanh"
+ONLY = "gelu: 14m tanh"  # both kernels of gelu.py
 
 
-def run_export(repository: Path, out: Path) -> dict[str, Any]:
-    command = [sys.executable, "-S", "-c", _WITHOUT_EDITABLE, json.dumps(sys.path), "export"]
-    command += ["--out", str(out), "--gpus", "sm_90", "--sizes", "14m", "--only", ONLY, "--json"]
-    done = subprocess.run(
-        [*command, "--workers", "1"],
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(repository)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+class Copy:
+    """The files that the export reads, elsewhere; an editable install names this checkout."""
 
+    def __init__(self, where: Path) -> None:
+        self.root, self.out = where / "copy", where / "out"
+        for part in ("kernels", "pythia_fast", "native"):
+            shutil.copytree(REPOSITORY / part, self.root / part, symlinks=True)
 
-# an editable install's import hook would find this checkout instead of the copy
-_WITHOUT_EDITABLE = (
-    "import json, os, sys; sys.path[:] = [os.environ['PYTHONPATH'], *json.loads(sys.argv.pop(1))];"
-    "from pythia_fast.kernels.export import main; sys.argv.pop(0); sys.exit(main(sys.argv[1:]))"
-)
+    def export(self) -> tuple[int, int, int]:
+        """Files that were compiled, kept and deleted."""
+        done = subprocess.run(
+            [sys.executable, self.root / "native/export.py", "--out", self.out, "--gpus", "sm_90",
+             "--sizes", "14m", "--only", ONLY, "--json", "--workers", "1"],
+            capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        self.said = done.stderr
+        counts = json.loads(done.stdout)
+        return counts["compiled"], counts["kept"], counts["deleted"]
+
+    def change(self, file: str, old: str, new: str) -> None:
+        path = self.root / file
+        source = path.read_text()
+        assert source.count(old) == 1, old
+        path.write_text(source.replace(old, new))
+
+    def cubins(self) -> dict[str, bytes]:
+        return {f.name: f.read_bytes() for f in self.out.glob("cubins/*.cubin")}
 
 
 def test_only_what_changed_is_compiled(tmp_path: Path) -> None:
-    repository, out = tmp_path / "copy", tmp_path / "out"
-    for part in ("kernels", "pythia_fast", "native"):
-        shutil.copytree(REPOSITORY / part, repository / part, symlinks=True)
-    assert run_export(repository, out)["compiled"] == 2
-    header = out / "pythia_kernels.h"
+    copy = Copy(tmp_path)
+    assert copy.export() == (2, 0, 0)
+    cubins = copy.cubins()
+    header = copy.out / "pythia_kernels.h"
     written = header.stat().st_mtime_ns
-    counts = run_export(repository, out)
-    assert (counts["compiled"], counts["kept"], counts["deleted"]) == (0, 2, 0)
+
+    # a line above the kernels, and above a function of another file that they call
+    for file in ("kernels/gelu.py", "kernels/rows.py"):
+        copy.change(file, "\nfrom __future__", "\n# a line more\n\nfrom __future__")
+    assert copy.export() == (0, 2, 0)
     assert header.stat().st_mtime_ns == written  # nothing to build again
+    promises = [sys.executable, HERE / "check_promises.py", copy.out / "index.json"]
+    assert subprocess.run(promises, capture_output=True).returncode == 0
 
-    file = repository / "kernels/gelu.py"
-    source = file.read_text()
-    assert source.count("b_u = b_x + b_bias[None, :]") == 1  # of the forward
-    file.write_text(source.replace("b_u = b_x + b_bias[None, :]", "b_u = b_bias[None, :] + b_x"))
-    counts = run_export(repository, out)
-    assert (counts["compiled"], counts["kept"], counts["deleted"]) == (1, 1, 2)  # .cubin, .json
+    # a file that is not whole; what a case promises is no part of its key, but looked at each time
+    damaged = next((copy.out / "cubins").glob("*.cubin"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    copy.change("kernels/gelu.py", "stages=3, per_sm=6)", "stages=3, per_sm=60)")
+    assert copy.export() == (1, 1, 0)
+    assert copy.cubins() == cubins  # to the bit: it does not depend on the line
+    assert "gelu: 14m tanh backward bf16: sm_90: 8 programs fit an SM, 60 are launched" in copy.said
+    assert subprocess.run(promises, capture_output=True).returncode == 1
 
-    source = file.read_text()
-    assert source.count("b_u2 = b_u * b_u\n") == 1  # of a function that both call
-    file.write_text(source.replace("b_u2 = b_u * b_u\n", "b_u2 = (b_u * b_u)\n"))
-    assert run_export(repository, out)["compiled"] == 2
+    # of the forward, then of a function that both call
+    copy.change("kernels/gelu.py", "b_u = b_x + b_bias[None, :]", "b_u = b_bias[None, :] + b_x")
+    assert copy.export() == (1, 1, 2)  # .cubin, .json
+    copy.change("kernels/gelu.py", "b_u2 = b_u * b_u\n", "b_u2 = (b_u * b_u)\n")
+    assert copy.export() == (2, 0, 4)
 
-    cubin = next((out / "cubins").glob("*.cubin"))
-    cubin.write_bytes(cubin.read_bytes()[:-1])
-    assert run_export(repository, out)["compiled"] == 1
+
+def test_options_are_looked_at_before_anything_is_compiled() -> None:
+    def check(*options: str, program: str = sys.executable) -> tuple[int, str]:
+        command = [program, REPOSITORY / "native/export.py", "--check", *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    code, triton = check("--gpus", "sm_90", "--sizes", "70m")
+    assert code == 0 and Path(triton.strip()).name == "__init__.py"
+    code, said = check("--gpus", "sm_91")
+    assert code == 2 and "invalid choice: 'sm_91'" in said
+    bare = [sys.executable, "-S", REPOSITORY / "native/export.py", "--check"]
+    done = subprocess.run(bare, capture_output=True, text=True, env={})
+    assert (done.returncode, done.stdout) == (2, "") and "no torch and no triton" in done.stderr
 
 
 # --- faults that the C++ tests find ---------------------------------------------------------------
 
-FAULTS = {
-    "shared memory is not asked for": ("= 48 * 1024;", "= 480 * 1024;"),
-    "no pointers to scratch memory": ("i < image->hidden; ++i) parameters", "i < 0; ++i) parameters"),
-    "code of one capability on another": ("image.exact ? image.minor == device.minor", "image.exact ? true"),
-    "alignment is not looked at": ("return PYTHIA_BAD_ALIGNMENT;", "return PYTHIA_OK;"),
-    "a null pointer is launched": ("PYTHIA_POINTER && value == 0", "PYTHIA_POINTER && value == 1"),
-    "a failure to load is kept": ("functions_.erase(place);", ""),
-    "a module of a kernel not found stays": ("if (result != SUCCESS) d.module_unload(module);", ""),
-    "contexts by their address": ("driver->ctx_get_id != nullptr", "false"),
-    "contexts share functions": ("const std::pair key(id, &image);", "id = 0; const std::pair key(id, &image);"),
-    "a grid turned round": ("function, g.grid[0], g.grid[1]", "function, g.grid[1], g.grid[0]"),
-    "an argument short": ("parameters[count++] =\n", "if (i + 1 < kernel.argument_count) parameters[count++] =\n"),
-    "an empty grid is launched": ("if (g.grid[0] == 0 ||", "if (g.grid[0] == 1 << 30 ||"),
-    "grids without limits": ("grid[axis] > MAX_GRID[axis]", "false"),
-    "too little shared memory": ("static_cast<int>(best->shared) <= device.shared", "true"),
-    "one attempt to open the driver": ("if (!only.open(", "static bool tried = false; if (std::exchange(tried, true) || !only.open("),
+FAULTS = {  # file, text, what is there instead
+    "shared memory is not asked for": ("launcher.cpp", "= 48 * 1024;", "= 480 * 1024;"),
+    "no pointers to scratch memory": ("launcher.cpp", "i < image->hidden; ++i) parameters", "i < 0; ++i) parameters"),
+    "code of one capability on another": ("launcher.cpp", "image.exact ? image.minor == device.minor", "image.exact ? true"),
+    "alignment is not looked at": ("launcher.cpp", "return PYTHIA_BAD_ALIGNMENT;", "return PYTHIA_OK;"),
+    "a null pointer is launched": ("launcher.cpp", "PYTHIA_POINTER && value == 0", "PYTHIA_POINTER && value == 1"),
+    "a failure to load is kept": ("launcher.cpp", "if (result == SUCCESS) function_.store(out", "function_.store(out"),
+    "a module of a kernel not found stays": ("launcher.cpp", "if (result != SUCCESS) d.module_unload(module);", ""),
+    "contexts by their address": ("launcher.cpp", "driver->ctx_get_id != nullptr", "false"),
+    "contexts share functions": ("launcher.cpp", "const std::pair key(context, &image);", "context = 0; const std::pair key(context, &image);"),
+    "an invalid handle is final": ("launcher.cpp", "result == ERROR_INVALID_HANDLE ||", ""),
+    "what was loaded anew is forgotten": ("launcher.cpp", "function_.store(fresh, std::memory_order_release);", ""),
+    "what did not help stays loaded": ("launcher.cpp", "} else {\n            d.module_unload(module);", "} else {"),
+    "one lock over every load": ("launcher.cpp", "    std::mutex mutex_;\n    std::atomic", "    inline static std::mutex mutex_;\n    std::atomic"),
+    "the first kernel that fits not ends the loading": ("launcher.cpp", "if (status == PYTHIA_OK) status = s;", "if (s != PYTHIA_OK) return s;"),
+    "a device is described once": ("launcher.cpp", "if (number != known)", "if (known < 0)"),
+    "a grid turned round": ("launcher.cpp", "function, g.grid[0], g.grid[1]", "function, g.grid[1], g.grid[0]"),
+    "an argument short": ("launcher.cpp", "parameters[count++] =\n", "if (i + 1 < kernel.argument_count) parameters[count++] =\n"),
+    "an empty grid is launched": ("launcher.cpp", "if (g.grid[0] == 0 ||", "if (g.grid[0] == 1 << 30 ||"),
+    "grids without limits": ("launcher.cpp", "grid[axis] > MAX_GRID[axis]", "false"),
+    "too little shared memory": ("launcher.cpp", "static_cast<int>(best->shared) <= device.shared", "true"),
+    "one attempt to open the driver": ("driver.cpp", "if (!opened) opened = open(", "static bool tried = false; if (!tried && (tried = true)) opened = open("),
+    "the driver is opened at every call": ("driver.cpp", "if (!opened) opened = open(", "opened = open("),
+    "cuInit's error is no driver": ("driver.cpp", "if (const auto s = status_of(only.init(0))) return s;", "if (status_of(only.init(0))) return PYTHIA_NO_DRIVER;"),
+    "an empty name is opened": ("driver.cpp", "named != nullptr && *named != '\\0'", "named != nullptr"),
+    "a remainder adds a program to none": ("launcher.hpp", "(a + b - 1) / b", "(a + b) / b"),
+    "cdiv is rounded down": ("launcher.hpp", "(a + b - 1) / b", "a / b"),
+    "a device of seven programs": ("tables.cpp", "* sms)", "* 7)"),
+    "one program an SM": ("tables.cpp", "(int64_t{2} * sms)", "(int64_t{1} * sms)"),
+    "min is max": ("tables.cpp", "std::min(", "std::max("),
 }  # fmt: skip
-TESTS = ("every_kernel", "without_driver", "other_gpus", "bad_arguments", "driver_errors", "threads", "load_all")  # fmt: skip
+TESTS = ("every_kernel", "grids", "without_driver", "other_gpus", "bad_arguments", "driver_errors", "dead_contexts", "threads", "loading", "load_all")  # fmt: skip
+SOURCES = ("driver.cpp", "launcher.cpp", "tables.cpp")
 
 
 class Built:
-    """The C++ tests against launchers of any text; objects that stay are compiled once."""
+    """The library of some kernels in C++ of any text, and its tests; what stays is compiled once."""
 
     def __init__(self, where: Path) -> None:
         self.where = where
-        export.export(
+        rows, _ = export.export(
             where, ["sm_80", "sm_90"], ["1.4b"], only="forward bf16",
-            modules=[f"{aot.PACKAGE}.{m}" for m in ("attention", "rotary", "gelu")],
+            modules=[f"{aot.PACKAGE}.{m}" for m in ("attention", "cross_entropy", "rotary", "gelu")],
         )  # fmt: skip
-        self.library("libfake_cuda.so", HERE / "fake_cuda.cpp")
-        self.library("libno_cuda.so", HERE / "no_cuda.cpp")
-        self.compile(where / "tables.cpp", where / "images.cpp", HERE / "test_launcher.cpp")
+        native = REPOSITORY / "native"
+        export_c.write_sources(rows, native / "pythia_kernels.h.in", where)
+        for file in [*native.glob("*.[ch]pp"), *HERE.glob("*.[ch]pp"), *HERE.glob("consumer/*.c")]:
+            shutil.copy(file, where)
+        self.texts = {f: (where / f).read_text() for f in (*SOURCES, "launcher.hpp")}
+        expected = [sys.executable, HERE / "expected.py", where / "index.json", where]
+        subprocess.run(expected, check=True)
+        (where / "drivers").mkdir()
+        self.run("-shared", "-o", "libfake_cuda.so", "fake_cuda.cpp")
+        self.run("-shared", "-o", "libfake_cuda_11.so", "-DCUDA_11", "fake_cuda.cpp")
+        self.run("-shared", "-o", "libno_cuda.so", "no_cuda.cpp")
+        self.run("-shared", "-o", "drivers/libcuda.so.1", "-DCAPABILITY=90", "fake_gpu.cpp")
+        self.run("-c", "images.cpp", "test_launcher.cpp", "test_contexts.cpp", "main.c",
+                 f'-DWITHOUT_SYMBOLS="{where}/libno_cuda.so"', f'-DGRIDS="{where}/grids.txt"')  # fmt: skip
+        self.run("-c", *SOURCES)
 
     def run(self, *options: str) -> None:
-        subprocess.run([str(COMPILER), "-std=c++17", "-fPIC", *options], check=True, cwd=self.where)
+        command = [str(COMPILER), "-std=c++17", "-fPIC", "-I.", *options]
+        subprocess.run(command, check=True, cwd=self.where)
 
-    def library(self, name: str, source: Path) -> None:
-        self.run("-shared", "-o", name, str(source))
-
-    def compile(self, *sources: Path) -> None:
-        defined = [
-            f'-D{name}="{self.where / file}"'
-            for name, file in (
-                ("FAKE_CUDA", "libfake_cuda.so"),
-                ("WITHOUT_SYMBOLS", "libno_cuda.so"),
-            )
-        ]
-        includes = ["-I", str(REPOSITORY / "native"), "-I", str(self.where), "-I", str(HERE)]
-        self.run(*defined, *includes, "-c", *map(str, sources))
-
-    def failures(self, launcher: str) -> list[str]:
-        """The tests that fail with a launcher of this text."""
-        source = self.where / "launcher.cpp"
-        source.write_text(launcher)
-        self.compile(source)
-        objects = ("launcher.o", "tables.o", "images.o", "test_launcher.o", "libfake_cuda.so")
-        self.run("-o", "test", *objects, "-ldl", "-pthread", f"-Wl,-rpath,{self.where}")
+    def failures(self, file: str = "launcher.cpp", old: str = "", new: str = "") -> list[str]:
+        """The tests that fail with another text in a file."""
+        changed = SOURCES if file.endswith(".hpp") else (file,)
+        if old:
+            (self.where / file).write_text(self.texts[file].replace(old, new))
+            self.run("-c", *changed)
+        objects = [f"{Path(f).stem}.o" for f in (*SOURCES, "images.cpp")]
+        tests = [*objects, "test_launcher.o", "test_contexts.o"]
+        rest = ["-ldl", "-pthread", f"-Wl,-rpath,{self.where}"]
+        self.run("-o", "test", *tests, "libfake_cuda.so", *rest)
+        self.run("-o", "test_11", *tests, "libfake_cuda_11.so", *rest)
+        self.run("-o", "consumer", *objects, "main.o", *rest)
+        if old:
+            (self.where / file).write_text(self.texts[file])
+            self.run("-c", *changed)
+        empty = {"PYTHIA_KERNELS_LIBCUDA": "", "LD_LIBRARY_PATH": str(self.where / "drivers")}
+        programs = [([self.where / "test", test], {}) for test in TESTS]
+        programs += [([self.where / "test_11", test], {}) for test in ("every_kernel", "dead_contexts")]
+        programs += [([self.where / "consumer", "success"], empty)]
         return [
-            test
-            for test in TESTS
-            if subprocess.run([self.where / "test", test], capture_output=True).returncode
+            " ".join(map(str, command))
+            for command, environment in programs
+            if subprocess.run(command, capture_output=True, env=os.environ | environment).returncode
         ]
 
 
@@ -220,18 +288,42 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(tmp_path_factory.mktemp("library"))
 
 
-LAUNCHER = (REPOSITORY / "native/launcher.cpp").read_text()
-
-
-def test_the_launcher_has_none(built: Built) -> None:
-    assert built.failures(LAUNCHER) == []
+def test_the_library_has_none(built: Built) -> None:
+    assert built.failures() == []
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_found(built: Built, fault: str) -> None:
-    old, new = FAULTS[fault]
-    assert LAUNCHER.count(old) == 1, f"{fault}: the text is not there once"
-    assert built.failures(LAUNCHER.replace(old, new))
+    file, old, new = FAULTS[fault]
+    count = built.texts[file].count(old)
+    assert count == 1 or (file == "tables.cpp" and count), f"{fault}: the text is not there"
+    assert built.failures(file, old, new)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("int32_t T;", "float T;"),
+        ("float scale_log2;", "int32_t scale_log2;"),
+        ("void *ctx;", "int64_t ctx;"),
+        ("void *qkv;", "void *other; void *qkv;"),
+        ("_args *args, void *stream);\n\n/* attention: D=128", "_args *args, const void *stream);\n\n/* attention: D=128"),
+    ],
+)
+def test_another_layout_is_found(built: Built, old: str, new: str) -> None:
+    def compiles(text: str) -> bool:
+        header = built.where / "layout/pythia_kernels.h"
+        header.parent.mkdir(exist_ok=True)
+        header.write_text(text)
+        command = ["gcc", "-std=c11", "-fsyntax-only", "-Ilayout", "layout.c"]
+        return subprocess.run(command, cwd=built.where, capture_output=True).returncode == 0
+
+    if shutil.which("gcc") is None:
+        pytest.skip("needs a C compiler")
+    header = (built.where / "pythia_kernels.h").read_text()
+    header = re.sub(r"PYTHIA_KERNELS_ASSERT\(sizeof.*", "", header)
+    assert old in header and compiles(header)
+    assert not compiles(header.replace(old, new))
 
 
 def test_the_tests_that_ctest_runs_are_these() -> None:
