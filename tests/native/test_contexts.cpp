@@ -110,7 +110,7 @@ void loading() {
     loads = 0, others_done = false;
     fake::settings().loading = [] {
         if (loads++ != 0) return;  // the first load waits for those after it
-        for (int i = 0; i < 6000 && !others_done; ++i) {
+        for (int i = 0; i < 2000 && !others_done; ++i) {
             std::this_thread::sleep_for(std::chrono::milliseconds(10));
         }
         CHECK(others_done);

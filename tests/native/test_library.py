@@ -240,6 +240,7 @@ class Built:
         for file in [*native.glob("*.[ch]pp"), *HERE.glob("*.[ch]pp"), *HERE.glob("consumer/*.c")]:
             shutil.copy(file, where)
         self.texts = {f: (where / f).read_text() for f in (*SOURCES, "launcher.hpp")}
+        self.written = self.texts
         expected = [sys.executable, HERE / "expected.py", where / "index.json", where]
         subprocess.run(expected, check=True)
         (where / "drivers").mkdir()
@@ -255,21 +256,21 @@ class Built:
         command = [str(COMPILER), "-std=c++17", "-fPIC", "-I.", *options]
         subprocess.run(command, check=True, cwd=self.where)
 
-    def failures(self, file: str = "launcher.cpp", old: str = "", new: str = "") -> list[str]:
+    def failures(self, file: str = "", old: str = "", new: str = "") -> list[str]:
         """The tests that fail with another text in a file."""
-        changed = SOURCES if file.endswith(".hpp") else (file,)
-        if old:
-            (self.where / file).write_text(self.texts[file].replace(old, new))
-            self.run("-c", *changed)
+        texts = self.texts | ({file: self.texts[file].replace(old, new)} if file else {})
+        changed = {f for f in texts if texts[f] != self.written[f]}
+        for f in changed:
+            (self.where / f).write_text(texts[f])
+        self.written = texts
+        if changed:
+            self.run("-c", *(SOURCES if "launcher.hpp" in changed else changed))
         objects = [f"{Path(f).stem}.o" for f in (*SOURCES, "images.cpp")]
         tests = [*objects, "test_launcher.o", "test_contexts.o"]
         rest = ["-ldl", "-pthread", f"-Wl,-rpath,{self.where}"]
         self.run("-o", "test", *tests, "libfake_cuda.so", *rest)
         self.run("-o", "test_11", *tests, "libfake_cuda_11.so", *rest)
         self.run("-o", "consumer", *objects, "main.o", *rest)
-        if old:
-            (self.where / file).write_text(self.texts[file])
-            self.run("-c", *changed)
         empty = {"PYTHIA_KERNELS_LIBCUDA": "", "LD_LIBRARY_PATH": str(self.where / "drivers")}
         programs = [([self.where / "test", test], {}) for test in TESTS]
         programs += [([self.where / "test_11", test], {}) for test in ("every_kernel", "dead_contexts")]
@@ -310,13 +311,12 @@ def test_fault_is_found(built: Built, fault: str) -> None:
         ("_args *args, void *stream);\n\n/* attention: D=128", "_args *args, const void *stream);\n\n/* attention: D=128"),
     ],
 )
-def test_another_layout_is_found(built: Built, old: str, new: str) -> None:
+def test_another_layout_is_found(built: Built, tmp_path: Path, old: str, new: str) -> None:
     def compiles(text: str) -> bool:
-        header = built.where / "layout/pythia_kernels.h"
-        header.parent.mkdir(exist_ok=True)
-        header.write_text(text)
-        command = ["gcc", "-std=c11", "-fsyntax-only", "-Ilayout", "layout.c"]
-        return subprocess.run(command, cwd=built.where, capture_output=True).returncode == 0
+        (tmp_path / "pythia_kernels.h").write_text(text)
+        shutil.copy(built.where / "layout.c", tmp_path)
+        command = ["gcc", "-std=c11", "-fsyntax-only", "layout.c"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
 
     if shutil.which("gcc") is None:
         pytest.skip("needs a C compiler")

@@ -1,0 +1,64 @@
+"""CMakeLists.txt around the kernel library: without a compiler, and in a wheel."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from kernel_proof import REPOSITORY
+
+BIN = Path(sys.executable).parent
+CMAKE = shutil.which("cmake", path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+pytestmark = pytest.mark.skipif(CMAKE is None, reason="needs cmake")
+
+
+def configure(build: Path, *options: str) -> tuple[int, str]:
+    """Without a C++ compiler."""
+    command = [str(CMAKE), "-S", REPOSITORY, "-B", build, *options]
+    environment = os.environ | {"CXX": "/nowhere/c++"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+def test_without_a_compiler(tmp_path: Path) -> None:
+    code, said = configure(tmp_path / "library")
+    assert code and "pythia_kernels: no C++ compiler found; name one with CXX=" in said
+    code, said = configure(tmp_path / "wheel", "-DSKBUILD=2", "-DPYTHIA_KERNELS=ON")
+    assert not code and "no C++ compiler found, the wheel is pure Python" in said
+    code, said = configure(tmp_path / "pure", "-DSKBUILD=2")
+    assert not code and "not asked for" in said
+
+
+@pytest.mark.parametrize("carries", [False, True])
+def test_wheel(tmp_path: Path, carries: bool) -> None:
+    pytest.importorskip("scikit_build_core")
+    if COMPILER is None:
+        pytest.skip("needs a C++ compiler")
+    options = {"PYTHIA_KERNELS": "ON", "PYTHIA_GPUS": "sm_90", "PYTHIA_SIZES": "14m", "PYTHIA_ONLY": "gelu: 14m tanh"}
+    command = [sys.executable, "-m", "pip", "wheel", REPOSITORY, "--no-deps", "--no-build-isolation", "--quiet"]
+    command += ["--wheel-dir", tmp_path]
+    if carries:
+        command += [word for k, v in options.items() for word in ("-C", f"cmake.define.{k}={v}")]
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(command, check=True, env=environment)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = set(file.namelist())
+        file.extractall(tmp_path / "installed")
+    assert {"pythia_fast/train.py", "pythia_fast/kernels/gelu.py"} <= names
+    package = tmp_path / "installed/pythia_fast"
+    assert (package / "lib").exists() == carries
+    if carries:
+        assert "pythia_gelu_14m_tanh_forward_bf16" in (package / "include/pythia_kernels.h").read_text()
+        assert (package / "lib/cmake/pythia_kernels/pythia_kernels-config.cmake").exists()
+        library = ctypes.CDLL(package / "lib/libpythia_kernels.so")
+        find = library.pythia_kernels_find
+        find.argtypes, find.restype = [ctypes.c_char_p], ctypes.c_void_p
+        assert find(b"gelu_14m_tanh_forward_bf16") and not find(b"attention_d64_forward_bf16")
