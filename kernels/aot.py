@@ -184,35 +184,36 @@ def compilation(case: AotCase, arch: str) -> dict[str, Any]:
 
 
 def compile_case(case: AotCase, arch: str) -> dict[str, Any]:
-    """Compile for one architecture and measure the result."""
+    """Compile for one architecture; registers, memory, accesses and the hot loop of the result."""
     import triton
 
-    return measure(case, arch, triton.compile(**compilation(case, arch)))
+    from .assembly import hot_loop_report, tcgen05_flops
+
+    compiled = triton.compile(**compilation(case, arch))
+    sass = _tool("nvdisasm", "-c", "-ndf", cubin=compiled.asm["cubin"])
+    loop = None
+    if sass:
+        flops = tcgen05_flops(compiled.asm["ptx"])
+        loop = hot_loop_report(sass, int(arch.removeprefix("sm_")), case.num_warps, flops)
+    return measure(case, compiled) | {"triton": triton.__version__, "hot_loop": loop}
 
 
-def measure(case: AotCase, arch: str, compiled: Any) -> dict[str, Any]:
-    """Registers, memory, accesses and the hot loop of what triton.compile made of a case."""
-    import triton
+def measure(case: AotCase, compiled: Any) -> dict[str, Any]:
+    """Registers, memory and accesses of what triton.compile made of a case, without its hot loop."""
+    from .assembly import global_accesses, matrix_instruction
 
-    from .assembly import global_accesses, hot_loop_report, matrix_instruction, tcgen05_flops
-
-    number = int(arch.removeprefix("sm_"))
     named = enumerate(parameters(case).items())
     pointers = {i: name for i, (name, kind) in named if kind.startswith("*")}
     ptx = compiled.asm["ptx"]
-    sass = _tool("nvdisasm", "-c", "-ndf", cubin=compiled.asm["cubin"])
     usage = _tool("cuobjdump", "--dump-resource-usage", cubin=compiled.asm["cubin"]) or ""
     resources = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return {
-        "triton": triton.__version__,
         "registers": resources.get("REG"),
         "spill_bytes": max(resources["STACK"], resources["LOCAL"]) if resources else None,
         "shared_bytes": compiled.metadata.shared,
         "matrix": matrix_instruction(ptx),
         "accesses": global_accesses(ptx, pointers),
-        "hot_loop": hot_loop_report(sass, number, case.num_warps, tcgen05_flops(ptx))
-        if sass
-        else None,
+        "hot_loop": None,
     }
 
 

@@ -196,7 +196,7 @@ def _compile(case: Any, arch: str, path: Path) -> dict[str, Any]:
         "hidden": hidden,
         "bytes": len(cubin),
         "sha256": hashlib.sha256(cubin).hexdigest(),
-        "measured": aot.measure(case, arch, compiled),
+        "measured": aot.measure(case, compiled),
     }
     _replace(path, cubin)
     _replace(path.with_suffix(".json"), json.dumps(found).encode())
