@@ -199,7 +199,7 @@ def compile_case(case: AotCase, arch: str) -> dict[str, Any]:
 
 
 def measure(case: AotCase, compiled: Any) -> dict[str, Any]:
-    """Registers, memory and accesses of what triton.compile made of a case, without its hot loop."""
+    """Registers, memory and accesses of what triton.compile made of a case."""
     from .assembly import global_accesses, matrix_instruction
 
     named = enumerate(parameters(case).items())

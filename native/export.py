@@ -37,14 +37,14 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", choices=export.SIZES, default=export.SIZES)
     parser.add_argument("--dtypes", nargs="+", choices=export.DTYPES, default=["bf16"])
     parser.add_argument("--only", default="", help="cases whose 'file: name' contains this text")
-    parser.add_argument("--workers", type=_positive, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=positive, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", help="the counts as a JSON line")
     parser.add_argument("--check", action="store_true", help="look at the options, compile nothing")
     a = parser.parse_args()
     missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"export: {sys.executable} has no {' and no '.join(missing)}, which compile the kernels;"
+            f"export: {sys.executable} has no {' and no '.join(missing)}: they compile the kernels;"
             " 'make .venv/.installed' makes an environment, -DPython3_EXECUTABLE= names another",
             file=sys.stderr,
         )
@@ -71,7 +71,7 @@ def main() -> int:
     return 0
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError
     return number

@@ -8,5 +8,8 @@ from pathlib import Path
 
 rows = json.loads(Path(sys.argv[1]).read_text())
 broken = [f"{r['name']}: {r['gpu']}: {line}" for r in rows for line in r["violations"]]
-print("\n".join(broken) or f"{len(rows)} cubins: registers, spills, shared memory, accesses, programs an SM")
+print(
+    "\n".join(broken)
+    or f"{len(rows)} cubins: registers, spills, shared memory, accesses, programs an SM"
+)
 sys.exit(1 if broken or not rows else 0)

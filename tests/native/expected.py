@@ -56,7 +56,9 @@ def grids(row: dict[str, Any]) -> Iterator[str]:
         scope = constants | values | {"PER_SM": row["per_sm"], "SMS": sms}
         grid = [eval(formula, functions, scope) for formula in row["grid"]]
         grid += [1] * (3 - len(grid))
-        said = " ".join(map(str, (major, minor, sms, *grid, *(f"{n}={v}" for n, v in values.items()))))
+        said = " ".join(
+            map(str, (major, minor, sms, *grid, *(f"{n}={v}" for n, v in values.items())))
+        )
         if said not in seen and all(0 <= g <= limit for g, limit in zip(grid, LIMITS, strict=True)):
             seen.add(said)
             yield f"{row['name']} {said}"

@@ -91,8 +91,14 @@ def test_a_kernel_that_does_not_compile_leaves_the_index(tmp_path: Path) -> None
 def test_every_integer_has_a_word(cases: list[tuple[str, Any]]) -> None:
     for module, case in cases:
         arguments = [{"name": n, "type": kind} for n, kind in aot.parameters(case).items()]
-        row = {"arguments": arguments, "comments": export._comments(inspect.getsource(case.kernel.fn))}
-        row |= {"constants": dict.fromkeys(case.constexprs, "1"), "grid": grids.GRIDS[case.kernel.__name__]}
+        row = {
+            "arguments": arguments,
+            "comments": export._comments(inspect.getsource(case.kernel.fn)),
+        }
+        row |= {
+            "constants": dict.fromkeys(case.constexprs, "1"),
+            "grid": grids.GRIDS[case.kernel.__name__],
+        }
         for field in export_c._fields(row):
             wordless = field["type"] in ("i32", "i64") and not field["comment"]
             assert not wordless, f"{module}: {case.name}: {field['name']}"
@@ -189,6 +195,17 @@ def test_options_are_looked_at_before_anything_is_compiled() -> None:
     assert (done.returncode, done.stdout) == (2, "") and "no torch and no triton" in done.stderr
 
 
+def test_another_checkout_is_refused(tmp_path: Path) -> None:
+    """That an editable install names, where the files beside the command are not there."""
+    (tmp_path / "native").mkdir()
+    shutil.copy(REPOSITORY / "native/export.py", tmp_path / "native")
+    command = [sys.executable, tmp_path / "native/export.py", "--check"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={"PYTHONPATH": str(REPOSITORY)}
+    )
+    assert done.returncode == 1 and f"is not of {tmp_path}" in done.stderr
+
+
 # --- faults that the C++ tests find ---------------------------------------------------------------
 
 FAULTS = {  # file, text, what is there instead
@@ -214,6 +231,7 @@ FAULTS = {  # file, text, what is there instead
     "too little shared memory": ("launcher.cpp", "static_cast<int>(best->shared) <= device.shared", "true"),
     "one attempt to open the driver": ("driver.cpp", "if (!opened) opened = open(", "static bool tried = false; if (!tried && (tried = true)) opened = open("),
     "the driver is opened at every call": ("driver.cpp", "if (!opened) opened = open(", "opened = open("),
+    "a driver of CUDA 11 is none": ("driver.cpp", "return whole;", "return whole && d.ctx_get_id != nullptr;"),
     "cuInit's error is no driver": ("driver.cpp", "if (const auto s = status_of(only.init(0))) return s;", "if (status_of(only.init(0))) return PYTHIA_NO_DRIVER;"),
     "an empty name is opened": ("driver.cpp", "named != nullptr && *named != '\\0'", "named != nullptr"),
     "a remainder adds a program to none": ("launcher.hpp", "(a + b - 1) / b", "(a + b) / b"),
@@ -273,7 +291,9 @@ class Built:
         self.run("-o", "consumer", *objects, "main.o", *rest)
         empty = {"PYTHIA_KERNELS_LIBCUDA": "", "LD_LIBRARY_PATH": str(self.where / "drivers")}
         programs = [([self.where / "test", test], {}) for test in TESTS]
-        programs += [([self.where / "test_11", test], {}) for test in ("every_kernel", "dead_contexts")]
+        programs += [
+            ([self.where / "test_11", test], {}) for test in ("every_kernel", "dead_contexts")
+        ]
         programs += [([self.where / "consumer", "success"], empty)]
         return [
             " ".join(map(str, command))
@@ -308,7 +328,10 @@ def test_fault_is_found(built: Built, fault: str) -> None:
         ("float scale_log2;", "int32_t scale_log2;"),
         ("void *ctx;", "int64_t ctx;"),
         ("void *qkv;", "void *other; void *qkv;"),
-        ("_args *args, void *stream);\n\n/* attention: D=128", "_args *args, const void *stream);\n\n/* attention: D=128"),
+        (
+            "_args *args, void *stream);\n\n/* attention: D=128",
+            "_args *args, const void *stream);\n\n/* attention: D=128",
+        ),
     ],
 )
 def test_another_layout_is_found(built: Built, tmp_path: Path, old: str, new: str) -> None:

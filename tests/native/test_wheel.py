@@ -41,11 +41,11 @@ def test_wheel(tmp_path: Path, carries: bool) -> None:
     pytest.importorskip("scikit_build_core")
     if COMPILER is None:
         pytest.skip("needs a C++ compiler")
-    options = {"PYTHIA_KERNELS": "ON", "PYTHIA_GPUS": "sm_90", "PYTHIA_SIZES": "14m", "PYTHIA_ONLY": "gelu: 14m tanh"}
-    command = [sys.executable, "-m", "pip", "wheel", REPOSITORY, "--no-deps", "--no-build-isolation", "--quiet"]
-    command += ["--wheel-dir", tmp_path]
+    options = {"KERNELS": "ON", "GPUS": "sm_90", "SIZES": "14m", "ONLY": "gelu: 14m tanh"}
+    command = [sys.executable, "-m", "pip", "wheel", REPOSITORY, "--no-deps", "--quiet"]
+    command += ["--no-build-isolation", "--wheel-dir", tmp_path]
     if carries:
-        command += [word for k, v in options.items() for word in ("-C", f"cmake.define.{k}={v}")]
+        command += [w for k, v in options.items() for w in ("-C", f"cmake.define.PYTHIA_{k}={v}")]
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(command, check=True, env=environment)
     (wheel,) = tmp_path.glob("*.whl")
@@ -56,7 +56,8 @@ def test_wheel(tmp_path: Path, carries: bool) -> None:
     package = tmp_path / "installed/pythia_fast"
     assert (package / "lib").exists() == carries
     if carries:
-        assert "pythia_gelu_14m_tanh_forward_bf16" in (package / "include/pythia_kernels.h").read_text()
+        header = (package / "include/pythia_kernels.h").read_text()
+        assert "pythia_gelu_14m_tanh_forward_bf16" in header
         assert (package / "lib/cmake/pythia_kernels/pythia_kernels-config.cmake").exists()
         library = ctypes.CDLL(package / "lib/libpythia_kernels.so")
         find = library.pythia_kernels_find
