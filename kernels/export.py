@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def _in_parallel(
     pool: ProcessPoolExecutor, jobs: list[aot.Job], directory: Path
 ) -> Iterable[dict[str, Any]]:
     pending = {pool.submit(_export, job, directory): job for job in jobs}
-    for future in as_completed(pending):
+    for future in _as_completed(pool, pending):
         try:
             yield future.result()
         except Exception as error:
@@ -97,6 +97,17 @@ def _in_parallel(
             what = f"{job.module.rpartition('.')[2]}: {job.case}: {job.arch}"
             said = (str(error).strip() or "no message").splitlines()[-1]
             raise RuntimeError(f"{what}: {type(error).__name__}: {said}") from error
+
+
+def _as_completed(
+    pool: ProcessPoolExecutor, pending: Iterable[Future[Any]]
+) -> Iterable[Future[Any]]:
+    """An interrupt leaves what has not begun."""
+    try:
+        yield from as_completed(pending)
+    except KeyboardInterrupt:
+        pool.shutdown(cancel_futures=True)
+        raise
 
 
 def _export(job: aot.Job, directory: Path) -> dict[str, Any]:

@@ -57,6 +57,9 @@ def main() -> int:
     except RuntimeError as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("export: interrupted; what is compiled is kept", file=sys.stderr)
+        return 130
     export_c.write_sources(rows, ROOT / "native/pythia_kernels.h.in", a.out)
     for row in rows:
         for line in row["violations"]:

@@ -40,6 +40,14 @@ def cases() -> list[tuple[str, Any]]:
 # --- what is exported -----------------------------------------------------------------------------
 
 
+def test_names_in_the_docs_are_kernels(cases: list[tuple[str, Any]]) -> None:
+    text = (REPOSITORY / "docs/library.md").read_text()
+    named = set(re.findall(r"pythia_(\w+)_args", text)) | set(
+        re.findall(r"= pythia_(\w+)\(&", text)
+    )
+    assert named and named <= {export.c_name(module, case.name) for module, case in cases}
+
+
 def test_every_case_has_a_name_and_a_grid_of_its_own(cases: list[tuple[str, Any]]) -> None:
     seen = set()
     for module, case in cases:
