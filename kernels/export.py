@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,14 @@ def export(
     with aot.compiling_processes(workers) as pool:
         listed = aot.list_jobs(pool, modules or aot.kernel_modules(), gpus, only)
         jobs = [job for job in listed if is_wanted(job.case, sizes, dtypes)]
-        for row in _in_parallel(pool, jobs, out / "cubins"):
-            counts["compiled" if row.pop("compiled") else "kept"] += 1
-            rows.append(row)
-            _progress(sum(counts.values()), len(jobs), counts["compiled"])
+        try:
+            for row in _in_parallel(pool, jobs, out / "cubins"):
+                counts["compiled" if row.pop("compiled") else "kept"] += 1
+                rows.append(row)
+                _progress(sum(counts.values()), len(jobs), counts["compiled"])
+        except BaseException:  # an interrupt too leaves what has not begun
+            pool.shutdown(cancel_futures=True)
+            raise
     rows.sort(key=lambda r: (r["name"], aot.ARCHITECTURES.index(r["gpu"])))
     _check(rows)
     kept = {row["key"] for row in rows}
@@ -88,26 +92,14 @@ def _in_parallel(
     pool: ProcessPoolExecutor, jobs: list[aot.Job], directory: Path
 ) -> Iterable[dict[str, Any]]:
     pending = {pool.submit(_export, job, directory): job for job in jobs}
-    for future in _as_completed(pool, pending):
+    for future in as_completed(pending):
         try:
             yield future.result()
         except Exception as error:
-            pool.shutdown(cancel_futures=True)
             job = pending[future]
             what = f"{job.module.rpartition('.')[2]}: {job.case}: {job.arch}"
             said = (str(error).strip() or "no message").splitlines()[-1]
             raise RuntimeError(f"{what}: {type(error).__name__}: {said}") from error
-
-
-def _as_completed(
-    pool: ProcessPoolExecutor, pending: Iterable[Future[Any]]
-) -> Iterable[Future[Any]]:
-    """An interrupt leaves what has not begun."""
-    try:
-        yield from as_completed(pending)
-    except KeyboardInterrupt:
-        pool.shutdown(cancel_futures=True)
-        raise
 
 
 def _export(job: aot.Job, directory: Path) -> dict[str, Any]:

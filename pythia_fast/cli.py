@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pythia_fast import __version__
 from pythia_fast.command import Parser, add_command, print_rows, several, some_path, speaks
 from pythia_fast.data.cli import add_data_commands
-from pythia_fast.errors import InputError, outcome
+from pythia_fast.errors import CheckError, InputError, outcome
 
 if TYPE_CHECKING:
     from pythia_fast.config import Config
@@ -193,13 +193,23 @@ def _generate(options: argparse.Namespace) -> None:
         print_rows(options, [result], result["prompt"] + result["text"])
 
 
-def _verify(options: argparse.Namespace) -> None:
+def _verify(options: argparse.Namespace) -> int:
     from pythia_fast import checkpoint
 
     path = options.checkpoint
-    steps = checkpoint.steps(path)
-    for one in [checkpoint.directory(path, step) for step in steps] or [path]:
-        files = checkpoint.verify(one)["files"]
+    run = sorted(path.glob("checkpoints/step*"), key=lambda p: (len(p.name), p.name))
+    code = 0
+    for one in run or [path]:
+        try:
+            files = checkpoint.verify(one)["files"]
+        except InputError as error:  # of a run, all are looked at; what is not whole is wrong
+            if not run:
+                raise
+            code = _fail(error, str(error), 1)
+            continue
+        except CheckError as error:
+            code = _fail(error, str(error), 1)
+            continue
         row = {
             "checkpoint": str(one),
             "files": len(files),
@@ -207,6 +217,7 @@ def _verify(options: argparse.Namespace) -> None:
         }
         text = f"{one}: {row['files']} files, {row['bytes'] / 1e9:.2f} GB, every sha256 agrees"
         print_rows(options, [row], text)
+    return code
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -53,10 +53,10 @@ def _prebuilt() -> list[dict[str, Any]]:
         return [_row("prebuilt kernels", False, f"{source}: {error}")]
     if version != __version__:
         return [_row("prebuilt kernels", False, f"{what} is of triton {version}, not used")]
-    seals = list(directory.glob(f"*/*{prebuilt.SEAL}"))
-    whole = sum(prebuilt.sealed(f.parent, f.stem) is not None for f in seals)
-    what = f"{what}, {whole} of {len(seals)} whole"
-    return [_row("prebuilt kernels", whole == len(seals), what)]
+    kernels = list(directory.glob("*/*.cubin"))
+    whole = sum(prebuilt.sealed(f.parent, f.stem) is not None for f in kernels)
+    what = f"{what}, {whole} of {len(kernels)} whole"
+    return [_row("prebuilt kernels", whole == len(kernels) > 0, what)]
 
 
 def install(extra: str) -> str:

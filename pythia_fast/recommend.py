@@ -1,7 +1,8 @@
 """Which layouts a run can have on so many GPUs, in the order in which to take them.
 
 Searched are tensor degrees within a node, all pipeline degrees, every kind of sharding, microbatch
-sizes, 1f1b and interleaved. A key of [parallel] that is given is kept, not searched. So come in the
+sizes, 1f1b and interleaved. A key of [parallel] that is given is kept, not searched, where it
+applies: a schedule with a pipeline, sharding with several copies. So come in the
 others: gpipe, never faster and keeping more, zero-bubble, which keeps more than 1f1b, and sequence
 parallelism.
 """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
+import socket
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +15,9 @@ from pythia_fast.errors import InputError
 
 
 def holder(run_dir: Path) -> str:
-    """What the last holder of a run's lock wrote into it; empty where there is none."""
+    """What the last holder of a run's lock wrote into it: pid, host, a random word; empty: none."""
     try:
-        return (run_dir / ".lock").read_text()
+        return (run_dir / ".lock").read_text(errors="replace")
     except OSError:
         return ""
 
@@ -43,7 +45,9 @@ class RunLock:
                 os.close(self._fd)
                 self._lock()
         except BlockingIOError:
-            pid = os.pread(self._fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            pid = (
+                os.pread(self._fd, 20, 0).decode("ascii", "replace").partition("\n")[0] or "unknown"
+            )
             os.close(self._fd)
             raise InputError(
                 f"another process (pid {pid}) is training in {self._run_dir}"
@@ -54,7 +58,9 @@ class RunLock:
                 os.close(self._fd)
             raise InputError(f"{self._run_dir} cannot be {done}: {error.strerror}") from error
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        words = f"{os.getpid()}\n{socket.gethostname()} {secrets.token_hex(8)}\n"
+        os.pwrite(self._fd, words.encode(), 0)
+        os.fsync(self._fd)  # hosts that share the directory read it
         return self
 
     def __exit__(

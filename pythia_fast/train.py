@@ -388,7 +388,8 @@ def _check_recipe(path: Path, config: Config, manifest: dict[str, Any]) -> None:
     way_out = "set it in the page" if imported else "choose another directory with --run"
     keys = [key for key in now if key in before and (key in fixed or not imported)]
     if others := [key for key in keys if before[key] != now[key]]:
-        first, more = others[0], f", and {len(others) - 1} more keys" if others[1:] else ""
+        first, rest = others[0], len(others) - 1
+        more = f", and {rest} more key{'s' * (rest > 1)}" if rest else ""
         raise InputError(
             f"{path} was trained with {first} = {before[first]!r}, not {now[first]!r}{more}: "
             f"{way_out}"

@@ -73,6 +73,13 @@ def test_verify_reads_every_checkpoint_of_a_run(
     file.unlink()
     assert "is missing" in fails(capsys, "verify", copy)
     assert "no complete checkpoint" in fails(capsys, "verify", tmp_path)
+    whole = tmp_path / "run"
+    shutil.copytree(run, whole)
+    (checkpoint.directory(whole, 10) / "manifest.json").unlink()  # of a run, all are looked at
+    assert main(["verify", str(whole)]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("every sha256 agrees") == len(found) - 1
+    assert err.count("\n") == 1 and "step10: no complete checkpoint" in err
 
 
 def test_a_run_without_a_step_of_its_own_ends_well(

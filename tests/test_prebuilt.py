@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ pytest.importorskip("triton.backends.nvidia")
 
 import triton
 
-from pythia_fast import prebuilt
+from pythia_fast import doctor, prebuilt
 from pythia_fast.cli import main
 from pythia_fast.config import Config, to_toml
 from pythia_fast.errors import InputError
@@ -258,6 +259,23 @@ def test_what_is_torn_is_not_there(built: tuple[Path, Path], tmp_path: Path) -> 
         assert prebuilt.sealed(folder, FILE) == files
         tear(folder)
         assert prebuilt.sealed(folder, FILE) is None, what
+
+
+def test_doctor_counts_what_is_whole(
+    built: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "kernels"
+    shutil.copytree(built[1], own)
+    monkeypatch.setenv(prebuilt.VARIABLE, str(own))
+    (row,) = doctor._prebuilt()
+    assert row["ok"] and re.search(r", (\d+) of \1 whole", row["found"])
+    next(own.glob(f"*/*{prebuilt.SEAL}")).unlink()
+    (row,) = doctor._prebuilt()
+    assert not row["ok"] and "whole" in row["found"]
+    (own / "manifest.json").write_text('{"triton": "3.0.0"}')
+    assert "is of triton 3.0.0, not used" in doctor._prebuilt()[0]["found"]
+    monkeypatch.setenv(prebuilt.VARIABLE, str(tmp_path))
+    assert "no manifest.json" in doctor._prebuilt()[0]["found"]
 
 
 def test_torn_kernels_are_compiled_again(

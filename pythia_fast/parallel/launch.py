@@ -66,6 +66,7 @@ class Launch:
     def __init__(self) -> None:
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.limit = START.total_seconds()
+        self._known: Verdict | None = None  # what this process has read or given
         self._ending = threading.Lock()  # held by the thread that ends the process
         self._over = threading.Event()
 
@@ -137,9 +138,8 @@ class Launch:
                 line = f"rank {follower} has not answered for {self.limit:g} s"
                 verdict = self._give(Verdict(line, silent=(follower,)))
             if verdict is not None:
+                self._leave(verdict)
                 time.sleep(GRACE)
-                with suppress(dist.DistError):
-                    self._leave(verdict)
                 self._finish(verdict)
 
     def _beat(self, count: int) -> None:
@@ -172,12 +172,15 @@ class Launch:
             signal.signal(s, signal.SIG_IGN)
         gone = Verdict("rank 0, or the torchrun that holds the launch's store, does not answer")
         # what holds the store may itself be stopped: asking it then takes for ever
-        threading.Timer(LOOK + 2 * GRACE, self._finish, (gone, True)).start()
+        late = threading.Timer(
+            2 * (LOOK + GRACE), lambda: self._finish(self._known or gone, locked=True)
+        )
+        late.start()
         try:
-            verdict = self._settle(error)
-            self._leave(verdict)
+            verdict = self._known or self._settle(error)
         except dist.DistError:  # no store: it went with the process that held it
-            verdict = replace(gone, silent=(0,) if self.rank else ())
+            verdict = self._known or replace(gone, silent=(0,) if self.rank else ())
+        self._leave(verdict)
         self._finish(verdict, locked=True)
 
     def _settle(self, error: BaseException) -> Verdict:
@@ -229,13 +232,14 @@ class Launch:
 
     def _leave(self, verdict: Verdict) -> None:
         """This process knows the verdict. Rank 0 goes last where it holds the store itself."""
-        if self._store is None:
+        self._known = verdict
+        if self._store is None or has_agent_store():
             return
-        self._store.set(f"left {self.rank}", "")
-        if self.rank == 0 and not has_agent_store():
+        with suppress(dist.DistError):
+            self._store.set(f"left {self.rank}", "")
             others = [f"left {r}" for r in range(self.world) if r not in verdict.silent]
-            until = time.monotonic() + LOOK
-            while not self._store.check(others) and time.monotonic() < until:
+            until = time.monotonic() + (LOOK if self.rank == 0 else 0)
+            while time.monotonic() < until and not self._store.check(others):
                 time.sleep(BEAT / 20)
 
     def _finish(self, verdict: Verdict, locked: bool = False) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pythia_fast.errors import InputError
 from pythia_fast.parallel.mesh import Mesh
 from pythia_fast.run_lock import holder
 
+_SEEN = 5.0  # seconds in which what rank 0 wrote is seen by all
 _SAMPLE = 64  # rows that all processes compare, spread over the run
 
 
@@ -32,9 +34,18 @@ def check_same_page(pages: Sequence[Config]) -> None:
 
 def check_same_directory(mesh: Mesh, run: Path) -> None:
     """Raises InputError on all processes where one does not see the directory that rank 0 holds."""
-    found = mesh.together(lambda: holder(run))
-    for rank, one in enumerate(found):
-        if one != found[0]:
+    wanted = mesh.together(lambda: holder(run) if mesh.main else "")[0]
+
+    def sees() -> bool:
+        until = time.monotonic() + _SEEN
+        while not wanted or holder(run) != wanted:  # a network's disk may be a moment behind
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
+        return True
+
+    for rank, here in enumerate(mesh.together(sees)):
+        if not here:
             raise _shared(
                 f"rank {rank} does not see the run directory of rank 0: {run} must be on a file "
                 "system that all processes share"

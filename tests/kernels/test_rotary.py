@@ -103,6 +103,7 @@ def test_check_passes() -> None:
     check(kernels)
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
     assert_killed(mutant, check, tmp_path)

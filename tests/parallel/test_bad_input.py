@@ -79,7 +79,22 @@ def test_a_page_of_one_process(flags: list[str], said: str, page: Path, tmp_path
     assert not run.exists()
 
 
-def test_processes_started_by_hand_end_alike(page: Path, tmp_path: Path) -> None:
+ALONE = """
+import os, sys
+from pythia_fast import cli, train
+from pythia_fast.errors import InputError
+step = train.Trainer.train_step
+def alone(self, tokens):
+    if self.step == 2 and os.environ["RANK"] == "0":
+        raise InputError("rank 0 alone")
+    return step(self, tokens)
+train.Trainer.train_step = alone
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["all at once", "one, others in a collective"])
+def test_processes_started_by_hand_end_alike(alone: bool, page: Path, tmp_path: Path) -> None:
     """Without torchrun rank 0 holds the store: it stays until the other has read why."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -87,15 +102,17 @@ def test_processes_started_by_hand_end_alike(page: Path, tmp_path: Path) -> None
     launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = []
     for rank in (0, 1):
-        flags = ["--train.seed", "7"] if rank else []
-        command = [sys.executable, "-m", "pythia_fast", *arguments(page, tmp_path / "run", *flags)]
+        flags = ["--train.seed", "7"] if rank and not alone else []
+        command = [sys.executable, *(["-c", ALONE] if alone else ["-m", "pythia_fast"])]
+        command += arguments(page, tmp_path / "run", *flags)
         environment = os.environ | launch | {"RANK": str(rank)}
         started.append(
             subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         )
     errors = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2], errors
-    assert errors[0].startswith("pythia-fast: rank 1 has train.seed = 7, rank 0 1234")
+    said = "rank 0 alone" if alone else "rank 1 has train.seed = 7, rank 0 1234"
+    assert errors[0].splitlines()[-1].startswith(f"pythia-fast: {said}")
     assert errors[1] == ""
 
 
