@@ -47,7 +47,6 @@ library: $(VENV)/.installed-dev
 ifeq ($(COMPILER),)
 	@echo "make library: skipped, there is no C++ compiler here"
 else
-	test -x $(CMAKE) || $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt cmake
 	CXX=$(COMPILER) $(CMAKE) -S . -B $(LIBRARY) -DPYTHIA_GPUS=sm_90 -DPYTHIA_SIZES=70m \
 	  -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_COMPILE_WARNING_AS_ERROR=ON
 	$(CMAKE) --build $(LIBRARY) --parallel 2

@@ -244,10 +244,11 @@ def _prebuild(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from pythia_fast import plan, recommend
-    from pythia_fast.config import load, parse_overrides, read_page
+    from pythia_fast.config import parse_overrides, read_page, resolve
     from pythia_fast.parallel.degrees import degrees
 
-    config, gpu = load(options.config, options.overrides), options.gpu.upper()
+    page, gpu = read_page(options.config), options.gpu.upper()
+    config = resolve(page, options.overrides, f"{options.config}: ")
     network = options.network and options.network.upper()
     p = config.parallel
     gpus = options.gpus
@@ -259,7 +260,7 @@ def _plan(options: argparse.Namespace) -> None:
         text = plan.describe(rows[0])
     else:
         given = {*parse_overrides(options.overrides)}
-        given |= {key for key in read_page(options.config) if key.startswith("parallel.")}
+        given |= {key for key in page if key.startswith("parallel.")}
         rows = recommend.rows(config, gpus, gpu, network, given)
         text = recommend.describe(rows)
     if options.timeline:

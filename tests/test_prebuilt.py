@@ -16,6 +16,7 @@ import fused_run
 import pytest
 import rehearsed
 from kernel_proof import REPOSITORY
+from native_tools import CMAKE
 from ranks import Ranks
 
 pytest.importorskip("triton.backends.nvidia")
@@ -28,7 +29,9 @@ from pythia_fast.config import Config, to_toml
 from pythia_fast.errors import InputError
 from pythia_fast.kernels import checks
 
-needs_interpreter = pytest.mark.skipif(not checks.INTERPRETED, reason="compares interpreted runs")
+needs_interpreter = pytest.mark.skipif(
+    not checks.INTERPRETED, reason="with a GPU no launch is interpreted, and recorded"
+)
 FP16 = ["--precision.compute", "fp16", "--precision.loss_scaling", "hysteresis"]
 PAGES = {
     "fused": [*FP16, "--precision.gradients", "fp32"],
@@ -378,7 +381,6 @@ def test_the_package_carries_its_own(use: Callable[..., Any], tmp_path: Path) ->
         assert prebuilt.PrebuiltCache.directory == used
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake here")
 def test_a_wheel_carries_a_directory(tmp_path: Path) -> None:
     """What scikit-build-core runs: configure and install; a wrong directory ends the build."""
     kernels = tmp_path / "kernels"
@@ -386,7 +388,7 @@ def test_a_wheel_carries_a_directory(tmp_path: Path) -> None:
     (kernels / "KEY" / "_a_kernel.cubin").write_bytes(b"1")
 
     def cmake(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["cmake", *map(str, arguments)], capture_output=True, text=True)
+        return subprocess.run([CMAKE, *map(str, arguments)], capture_output=True, text=True)
 
     configure = (
         "-S",

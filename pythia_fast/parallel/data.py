@@ -150,7 +150,7 @@ class Arrival:
         # autograd counts writes to a buffer as a whole: here one arrives beside others in use
         self._weight, self._own, self._group = weight.data, own, group
         self._wanted = {
-            module: sorted({own.bucket(at_hand(p)) for p in module.parameters()})
+            module: sorted({own.bucket(p) for p in module.parameters()})
             for module in model.modules()
         }
         self._running: dict[int, Work] = {}

@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 from kernel_proof import REPOSITORY
+from native_tools import COMPILER, needs_compiler
 
 pytest.importorskip("triton.backends.nvidia")
 
 from pythia_fast.kernels import aot, export, export_c, grids, rotary
 
 HERE = Path(__file__).parent
-COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 @pytest.fixture(scope="module")
@@ -312,15 +312,15 @@ class Built:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    if COMPILER is None:
-        pytest.skip("needs a C++ compiler")
     return Built(tmp_path_factory.mktemp("library"))
 
 
+@needs_compiler
 def test_the_library_has_none(built: Built) -> None:
     assert built.failures() == []
 
 
+@needs_compiler
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_found(built: Built, fault: str) -> None:
     file, old, new = FAULTS[fault]
@@ -329,6 +329,7 @@ def test_fault_is_found(built: Built, fault: str) -> None:
     assert built.failures(file, old, new)
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -346,11 +347,9 @@ def test_another_layout_is_found(built: Built, tmp_path: Path, old: str, new: st
     def compiles(text: str) -> bool:
         (tmp_path / "pythia_kernels.h").write_text(text)
         shutil.copy(built.where / "layout.c", tmp_path)
-        command = ["gcc", "-std=c11", "-fsyntax-only", "layout.c"]
+        command = [str(COMPILER), "-x", "c", "-std=c11", "-fsyntax-only", "layout.c"]
         return subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
 
-    if shutil.which("gcc") is None:
-        pytest.skip("needs a C compiler")
     header = (built.where / "pythia_kernels.h").read_text()
     header = re.sub(r"PYTHIA_KERNELS_ASSERT\(sizeof.*", "", header)
     assert old in header and compiles(header)

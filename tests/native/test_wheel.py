@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,11 +11,9 @@ from pathlib import Path
 
 import pytest
 from kernel_proof import REPOSITORY
+from native_tools import CMAKE, needs_compiler
 
 BIN = Path(sys.executable).parent
-CMAKE = shutil.which("cmake", path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
-COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-pytestmark = pytest.mark.skipif(CMAKE is None, reason="needs cmake")
 
 
 def configure(build: Path, *options: str) -> tuple[int, str]:
@@ -36,11 +33,8 @@ def test_without_a_compiler(tmp_path: Path) -> None:
     assert not code and "not asked for" in said
 
 
-@pytest.mark.parametrize("carries", [False, True])
+@pytest.mark.parametrize("carries", [False, pytest.param(True, marks=needs_compiler)])
 def test_wheel(tmp_path: Path, carries: bool) -> None:
-    pytest.importorskip("scikit_build_core")
-    if COMPILER is None:
-        pytest.skip("needs a C++ compiler")
     options = {"KERNELS": "ON", "GPUS": "sm_90", "SIZES": "14m", "ONLY": "gelu: 14m tanh"}
     command = [sys.executable, "-m", "pip", "wheel", REPOSITORY, "--no-deps", "--quiet"]
     command += ["--no-build-isolation", "--wheel-dir", tmp_path]
